@@ -1,0 +1,5 @@
+"""`python -m cfssl`."""
+
+from cfssl.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
+
+import difflib
+
+from cfssl.data.table import ImageTable
+from cfssl.errors import UserError
+from cfssl.models.backbone import check_backbone
+from cfssl.objectives.supervised import SupervisedSettings
+from cfssl.recipe import Recipe
+
+
+def check_against_table(recipe: Recipe, table: ImageTable) -> None:
+    """Refuses a recipe that names attributes or values which the table does not have; all mistakes at
+    once."""
+    mistakes = []
+
+    def known(path: str, name: str, kinds: tuple[str, ...]) -> None:
+        attribute = table.attributes.get(name)
+        if attribute is None:
+            near = difflib.get_close_matches(name, table.attributes, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the table has {', '.join(table.attributes)}"
+            mistakes.append(f"{path} = {name!r}: no such attribute; {hint}")
+        elif attribute.kind not in kinds:
+            mistakes.append(f"{path} = {name!r}: is {attribute.kind}, expected {' or '.join(kinds)}")
+
+    everything, discrete = ("binary", "categorical", "continuous"), ("binary", "categorical")
+    if recipe.generator is not None:
+        for name in recipe.generator.parents:
+            known("generator.parents", name, everything)
+        for child, causes in recipe.generator.graph.items():
+            for name in (child, *causes):
+                known(f"generator.graph.{child}", name, everything)
+    for variable, values in recipe.bank.do.items():
+        known(f"bank.do.{variable}", variable, discrete if values == "all" else everything)
+        attribute = table.attributes.get(variable)
+        if attribute is not None and attribute.categories and values != "all":
+            mistakes += [
+                f"bank.do.{variable} = {value!r}: not among its values {', '.join(attribute.categories)}"
+                for value in values
+                if str(value) not in attribute.categories
+            ]
+    if isinstance(recipe.objective, SupervisedSettings):
+        known("objective.target", recipe.objective.target, discrete)
+    for index, evaluation in enumerate(recipe.evaluate):
+        known(f"evaluate[{index}].target", evaluation.target, discrete)
+        for name in evaluation.by:
+            known(f"evaluate[{index}].by", name, discrete)
+    try:
+        check_backbone(recipe.backbone.name)
+    except UserError as error:
+        mistakes.append(str(error))
+    labelled = recipe.objective.target if isinstance(recipe.objective, SupervisedSettings) else None
+    usable = table.rows("train", known=[labelled] if labelled and labelled in table.attributes else [])
+    if len(usable) < recipe.train.batch:
+        images = f"{len(usable)} images" + (f" with a known {labelled!r}" if labelled else "")
+        mistakes.append(f"train.batch = {recipe.train.batch}: the training split has only {images}")
+    if mistakes:
+        lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
+        raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")

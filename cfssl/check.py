@@ -1,0 +1,84 @@
+"""What `cfssl check` prints: how a recipe and its data were understood, and what would run."""
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from cfssl.data.table import SPLITS, ImageTable
+from cfssl.pipeline import Pipeline
+
+SHOWN_VALUES = 6
+
+
+def describe(job: Pipeline) -> None:
+    """Prints rows, attributes, groups, splits and stages of `job`. Prepares the table (which reads the data
+    once and is reused); trains nothing. Raises `UserError` when recipe and table do not fit."""
+    console = Console()
+    table = job.table
+    channels, height, width = table.images.shape
+    console.print(f"[bold]{job.recipe.name}[/bold]: table {table.name}, fingerprint {table.fingerprint}")
+    console.print(f"{len(table)} images of {channels} x {height} x {width}, {table.images.dtype}")
+    if table.mask_names:
+        console.print(f"masks: {', '.join(table.mask_names)}")
+    console.print(attributes_of(table))
+    if table.group is not None:
+        console.print(
+            f"group: {table.group}, {table.frame[table.group].nunique()} of them, none in two splits"
+        )
+    console.print(splits_of(table, grouped_by(job)))
+    console.print(stages_of(job))
+
+
+def attributes_of(table: ImageTable) -> Table:
+    """One line per attribute: kind, whether declared, values, missing."""
+    shown = Table("attribute", "kind", "", "values", "missing", title="Attributes", title_justify="left")
+    for line in table.summary():
+        if line.kind == "continuous":
+            values = f"{line.values[0]:.4g} to {line.values[1]:.4g}"
+        else:
+            rest = len(line.values) - SHOWN_VALUES
+            values = ", ".join(map(str, line.values[:SHOWN_VALUES])) + (
+                f" and {rest} more" if rest > 0 else ""
+            )
+        shown.add_row(
+            line.name, line.kind, "declared" if line.declared else "inferred", values, str(line.missing)
+        )
+    return shown
+
+
+def grouped_by(job: Pipeline) -> list[str]:
+    """The discrete attributes that the recipe evaluates by, targets or intervenes on."""
+    names = [name for evaluation in job.recipe.evaluate for name in (evaluation.target, *evaluation.by)]
+    names += [name for name in job.recipe.bank.do if job.table.attributes[name].categories]
+    return list(dict.fromkeys(names))
+
+
+def splits_of(table: ImageTable, names: list[str]) -> Table:
+    """Images per split, and per value of the attributes `names`."""
+    shown = Table("", *SPLITS, "all", title="Splits", title_justify="left")
+    frame = table.frame
+    counts = frame["split"].value_counts()
+    shown.add_row("images", *[str(counts.get(split, 0)) for split in SPLITS], str(len(frame)))
+    if table.group is not None:
+        groups = frame.groupby("split")[table.group].nunique()
+        shown.add_row(
+            table.group, *[str(groups.get(split, 0)) for split in SPLITS], str(frame[table.group].nunique())
+        )
+    for name in names:
+        shown.add_section()
+        crossed = pd.crosstab(frame[name].fillna("(missing)").astype(str), frame["split"])
+        for value, row in crossed.iterrows():
+            shown.add_row(f"{name} = {value}", *[str(row.get(split, 0)) for split in SPLITS], str(row.sum()))
+    return shown
+
+
+def stages_of(job: Pipeline) -> Table:
+    """What would run and what would be reused."""
+    shown = Table("stage", "key", "", "folder", title="Stages", title_justify="left")
+    for stage in job.stages():
+        if stage.done:
+            state = "reused"
+        else:
+            state = "would go on" if stage.folder.is_dir() else "would run"
+        shown.add_row(stage.name, stage.key, state, str(stage.folder))
+    return shown

@@ -1,0 +1,195 @@
+"""The verbs. Thin: each loads a recipe and asks the pipeline for a product. Heavy imports live inside the
+verbs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cfssl.errors import UserError
+
+if TYPE_CHECKING:
+    from cfssl.pipeline import Pipeline
+
+app = typer.Typer(
+    help="Self-supervised pre-training with counterfactual augmentations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bank_app = typer.Typer(help="The store of images and their counterfactuals.", no_args_is_help=True)
+app.add_typer(bank_app, name="bank")
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/phantom_cf_simclr.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.epochs=10.")
+]
+Runs = Annotated[Path, typer.Option("--runs", envvar="CFSSL_RUNS", help="Where stages and results are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+RUNS = Path("runs")
+
+
+def pipeline(recipe: Path, overrides: list[str] | None, runs: Path, quiet: bool = False) -> "Pipeline":
+    from cfssl.pipeline import Pipeline
+    from cfssl.recipe import load_recipe
+
+    return Pipeline(load_recipe(recipe, overrides or ()), runs, quiet)
+
+
+@app.command()
+def demo(overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
+    """The whole pipeline on the embedded phantom: SimCLR, SimCLR+ and CF-SimCLR, per scanner, in one
+    report."""
+    from cfssl.demo import run_demo
+
+    print(run_demo(runs, overrides or (), quiet))
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
+    """Everything a recipe describes; what exists is reused."""
+    from cfssl.summary import report_of
+
+    job = pipeline(recipe, overrides, runs, quiet)
+    job.run()
+    path = report_of(job)
+    for record in job.used.values():
+        print(f"{record['stage']:<11} {'reused' if record['reused'] else 'made  '} {record['folder']}")
+    print(path)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+    """What a recipe and its data were understood to be, and what would run; trains nothing."""
+    from cfssl.check import describe
+
+    describe(pipeline(recipe, overrides, runs, quiet=True))
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    import json
+
+    from cfssl.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@app.command()
+def fit(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
+    """Fit the generator of a recipe."""
+    job = pipeline(recipe, overrides, runs, quiet)
+    if job.generator_stage is None or job.generator is None:
+        raise UserError(f"The recipe {recipe} has no generator to fit; add a generator section.")
+    print(job.generator_stage.folder)
+
+
+@bank_app.command("build")
+def bank_build(
+    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False
+) -> None:
+    """Write the counterfactuals of a recipe's training images."""
+    job = pipeline(recipe, overrides, runs, quiet)
+    if job.bank_stage.done:
+        job.build_bank(job.bank_stage.folder)  # mends what was lost since
+    print(job.bank.path)
+
+
+@bank_app.command("verify")
+def bank_verify(
+    folder: Annotated[Path, typer.Argument(help="The folder of a bank.")], quiet: Quiet = False
+) -> None:
+    """Check every shard and every view against its checksum."""
+    from cfssl.bank.store import Bank, verify
+    from cfssl.engine.progress import ProgressBar
+
+    bank = Bank.open(folder)
+    with ProgressBar("verify", total=bank.shard_count, unit="shards", quiet=quiet) as bar:
+        broken = verify(bank, progress=lambda done, total: bar.advance(items=1))
+    if broken:
+        raise UserError(
+            f"The bank {folder} is damaged: {'; '.join(broken)}. Delete the named shards and build the bank "
+            "again."
+        )
+    print(f"{folder}: {len(bank)} images, {bank.shard_count} shards, all checksums agree")
+
+
+@bank_app.command("show")
+def bank_show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    output: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="How many images.")] = 8,
+    quiet: Quiet = False,
+) -> None:
+    """A contact sheet: originals beside their counterfactuals (and the truth, where there is one)."""
+    from cfssl.summary import bank_sheet
+
+    job = pipeline(recipe, overrides, runs, quiet)
+    path = output or job.folder / "bank.png"
+    bank_sheet(job, path, items)
+    print(path)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False
+) -> None:
+    """Train the encoder of a recipe."""
+    job = pipeline(recipe, overrides, runs, quiet)
+    job.objective  # noqa: B018
+    print(job.encoder_stage.folder)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False
+) -> None:
+    """Evaluate the encoder of a recipe; prints the value of every group."""
+    from cfssl.summary import print_result
+
+    for result in pipeline(recipe, overrides, runs, quiet).evaluations():
+        print_result(result)
+
+
+@app.command()
+def export(
+    recipe: RecipeFile,
+    folder: Annotated[Path, typer.Argument(help="New folder for model.safetensors and config.json.")],
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Write the encoder in timm's layout: timm.create_model('local-dir:FOLDER', pretrained=True) loads it."""
+    pipeline(recipe, overrides, runs, quiet).export(folder)
+    print(folder)
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
+    """Write the report page of a recipe."""
+    from cfssl.summary import report_of
+
+    print(report_of(pipeline(recipe, overrides, runs, quiet)))
+
+
+def main() -> None:
+    """The entry point: a `UserError` is printed as one sentence, with exit code 2."""
+    # Threads of the numerical libraries are set before they are imported; a job's own allotment counts, not
+    # the machine's.
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
+    try:
+        app()
+    except UserError as error:
+        print(f"cfssl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("cfssl: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""From images and attributes on disk to tables that are read without decoding."""

@@ -1,0 +1,90 @@
+"""A run: where it writes and the hardware it uses. Handed to everything that trains."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from cfssl.settings import STRICT, Count
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+@settings(frozen=True, config=STRICT)
+class HardwareSettings:
+    """`accelerator` and `precision` as Lightning Fabric takes them; `workers`: data loading processes, 0
+    loads in the main one; `threads` of the numerical libraries, None for their own choice."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Precision = "32-true"
+    workers: Annotated[int, Field(ge=0)] = 0
+    threads: Count | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where trained models are used."""
+        return torch.device("cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Tracker(Protocol):
+    """What receives every metrics line besides metrics.jsonl, e.g. a wandb run."""
+
+    def log(self, metrics: dict[str, Any]) -> Any: ...
+    def finish(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """`folder` receives metrics.jsonl and checkpoint.safetensors. `stop_at` ends training early
+    at that step with a checkpoint (an interruption that can be continued)."""
+
+    folder: Path
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
+    quiet: bool = False
+    stop_at: int | None = None
+    trackers: tuple[Tracker, ...] = ()
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl; numbers keep six digits."""
+        line = {
+            key: float(f"{value:.6g}") if isinstance(value, float) else value
+            for key, value in metrics.items()
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            tracker.log(line)
+
+    def close(self) -> None:
+        """Ends the trackers' runs."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Removes the lines of steps that will be done again after a resume."""
+        if self.metrics_path.exists():
+            lines = read_metrics(self.metrics_path)
+            text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] < step)
+            self.metrics_path.write_text(text, encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if text.endswith("\n"):
+            lines.append(json.loads(text))
+    return lines

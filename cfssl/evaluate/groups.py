@@ -1,0 +1,281 @@
+"""Figures per group with bootstrap intervals, and paired differences between two methods.
+
+What enters: classes y (n,), scores (n, classes) and labels (n,) that divide the same test rows into groups.
+What leaves: JSON-ready tables. Intervals are percentile intervals (Efron and Tibshirani 1993, chapter 13) of
+95 %. One resample of the whole test set serves the overall figure, every group and every difference, so that
+what depends on several of them has the right interval; with a `patients` array whole patients are drawn
+(cluster bootstrap), because images of one patient are no independent evidence.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cfssl.errors import UserError
+from cfssl.evaluate.metrics import METRICS, Metric, MetricName, once
+from cfssl.seeds import numpy_generator
+
+LEVEL = 0.95
+MISSING = "(missing)"  # the group of rows without a label; listed, but neither worst nor part of the gap
+CELLS = 4_000_000  # weights held at a time
+
+
+def report(
+    y: np.ndarray,
+    scores: np.ndarray,
+    groups: Mapping[str, np.ndarray],
+    metrics: Sequence[MetricName] = ("auc",),
+    patients: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every metric overall and in every group of every grouping:
+
+        {"n", "patients", "resamples", "level", "seed", "overall": row, "groups": {grouping: of_grouping}}
+        of_grouping: {"table": {group: row}, "worst": {metric: {"group", "value"}}, "gap": {metric: gap}}
+        row: {"n", "positives", metric: {"value", "low", "high"}}
+        gap: {"value", "low", "high", "best", "worst"}
+
+    `positives` counts the rows of class 1, or lists those of each class where there are more than two. A row
+    that lacks a class has value null and a `reason`. Resamples that lack one are left out of its interval;
+    where they are more than half, the interval is null with a reason. `gap` is the highest minus the lowest
+    group's value; its interval belongs to these two groups, because choosing the extremes anew in every
+    resample would push it above the value. Raises UserError for unknown metrics and without rows.
+    """
+    y, scores = _checked(y, scores)
+    chosen = [_metric(name) for name in metrics]
+    members = {grouping: _members(labels, len(y), grouping) for grouping, labels in groups.items()}
+    subsets = [np.arange(len(y)), *(rows for table in members.values() for rows in table.values())]
+    draws = np.concatenate(
+        [
+            [[metric(y[rows], scores[rows], weights[:, rows]) for metric in chosen] for rows in subsets]
+            for weights in _resamples(len(y), patients, resamples, seed)
+        ],
+        axis=2,
+    )  # (subsets, metrics, resamples)
+
+    def row(subset: int) -> dict[str, Any]:
+        rows = subsets[subset]
+        counts = np.bincount(y[rows], minlength=scores.shape[1]).tolist()
+        result: dict[str, Any] = {"n": len(rows), "positives": counts[1] if len(counts) == 2 else counts}
+        for index, name in enumerate(metrics):
+            value = once(chosen[index], y[rows], scores[rows])
+            result[name] = _figure(value, draws[subset, index], counts)
+        return result
+
+    result: dict[str, Any] = {
+        "n": len(y),
+        "patients": None if patients is None else len(pd.unique(pd.Series(patients))),
+        "resamples": resamples,
+        "level": LEVEL,
+        "seed": seed,
+        "overall": row(0),
+        "groups": {},
+    }
+    first = 1
+    for grouping, table in members.items():
+        place = {group: first + index for index, group in enumerate(table)}
+        first += len(table)
+        rows = {group: row(subset) for group, subset in place.items()}
+        worst, gap = {}, {}
+        for index, name in enumerate(metrics):
+            of_metric = {group: draws[subset, index] for group, subset in place.items()}
+            worst[name], gap[name] = _extremes(
+                {group: rows[group][name]["value"] for group in rows}, of_metric
+            )
+        result["groups"][grouping] = {"table": rows, "worst": worst, "gap": gap}
+    return result
+
+
+def paired_difference(
+    y: np.ndarray,
+    scores_a: np.ndarray | Sequence[np.ndarray],
+    scores_b: np.ndarray | Sequence[np.ndarray],
+    metric: MetricName = "auc",
+    patients: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Metric of a minus metric of b on the same test rows: {"value", "low", "high", "seeds": each seed's}.
+
+    Scores are (n, classes), or lists of them, one per training seed; scores_a[s] and scores_b[s] belong
+    together. Two-level bootstrap: each resample draws test rows (or patients), the same for both arms, and
+    seeds with replacement, the same for both arms, and averages the metric over the drawn seeds. So the
+    interval speaks of other test sets and of other training runs. With few seeds it is still too narrow, by
+    about sqrt((S - 1) / S) in its part due to seeds; with one seed it speaks of other test sets only.
+
+    Where a class is absent the value is null with a `reason`. Raises UserError when the arms differ in seeds
+    or rows.
+    """
+    return _difference(y, scores_a, scores_b, None, metric, patients, resamples, seed)
+
+
+def paired_mean_of_groups(
+    y: np.ndarray,
+    scores_a: np.ndarray | Sequence[np.ndarray],
+    scores_b: np.ndarray | Sequence[np.ndarray],
+    labels: np.ndarray,
+    names: Sequence[str],
+    metric: MetricName = "auc",
+    patients: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As `paired_difference`, of the metric computed within each group in `names` and averaged over these
+    groups with equal weight, e.g. over the two rare scanners. Raises UserError for a name without rows."""
+    members = _members(labels, len(y), "labels")
+    for name in names:
+        if name not in members:
+            raise UserError(
+                f"The groups to average name {name!r}, expected some of {', '.join(members)}; "
+                "correct the name."
+            )
+    return _difference(
+        y, scores_a, scores_b, [members[name] for name in names], metric, patients, resamples, seed
+    )
+
+
+def _difference(
+    y: np.ndarray,
+    scores_a: np.ndarray | Sequence[np.ndarray],
+    scores_b: np.ndarray | Sequence[np.ndarray],
+    subsets: Sequence[np.ndarray] | None,
+    metric_name: MetricName,
+    patients: np.ndarray | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    arms = [[arm] if isinstance(arm, np.ndarray) else list(arm) for arm in (scores_a, scores_b)]
+    count = len(arms[0])
+    if count != len(arms[1]) or not count:
+        raise UserError(
+            f"The arms of a paired difference have {count} and {len(arms[1])} seeds, expected the same "
+            "number; "
+            "train the missing ones."
+        )
+    arms = [[_checked(y, scores)[1] for scores in arm] for arm in arms]
+    y = _checked(y, arms[0][0])[0]
+    subsets = [np.arange(len(y))] if subsets is None else subsets
+    metric = _metric(metric_name)
+
+    def differences(weights: np.ndarray) -> np.ndarray:
+        """(R, n) -> (seeds, R): a minus b, averaged over the subsets."""
+        figures = np.array(
+            [[[metric(y[r], scores[r], weights[:, r]) for r in subsets] for scores in arm] for arm in arms]
+        )  # (2, seeds, subsets, R)
+        return (figures[0] - figures[1]).mean(1)
+
+    drawn = np.concatenate(
+        [differences(weights) for weights in _resamples(len(y), patients, resamples, seed)], axis=1
+    )
+    share = (
+        next(_weights(count, None, resamples, numpy_generator(seed, "bootstrap of seeds"), resamples)) / count
+    )
+    observed = differences(np.ones((1, len(y))))[:, 0]  # (seeds,)
+    fewest = min((np.bincount(y[r], minlength=arms[0][0].shape[1]).tolist() for r in subsets), key=min)
+    result = _figure(float(observed.mean()), (drawn * share.T).sum(0), fewest)
+    return {**result, "seeds": [None if np.isnan(d) else float(d) for d in observed]}
+
+
+def _figure(value: float, draws: np.ndarray, counts: Sequence[int]) -> dict[str, Any]:
+    """Value and interval, null where a class is absent; `counts`: rows of each class."""
+    if np.isnan(value):
+        absent = ", ".join(str(label) for label, count in enumerate(counts) if not count)
+        return {
+            "value": None,
+            "low": None,
+            "high": None,
+            "reason": f"no row of class {absent} among {sum(counts)} rows",
+        }
+    defined = draws[~np.isnan(draws)]
+    if 2 * len(defined) < len(draws):
+        reason = f"a class is absent from {len(draws) - len(defined)} of {len(draws)} resamples"
+        return {"value": value, "low": None, "high": None, "reason": reason}
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def _extremes(
+    values: Mapping[str, float | None], draws: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The group with the lowest value, and the gap to the highest; null where too few groups have a value."""
+    known = {group: value for group, value in values.items() if value is not None and group != MISSING}
+    if not known:
+        return None, None
+    low = min(known, key=known.__getitem__)
+    # Searched from the other end, so that equal groups still make a pair.
+    high = max(reversed(known), key=known.__getitem__)
+    worst = {"group": low, "value": known[low]}
+    if len(known) == 1:
+        return worst, None
+    gap = _figure(known[high] - known[low], draws[high] - draws[low], ())
+    return worst, {**gap, "best": high, "worst": low}
+
+
+def _resamples(count: int, patients: np.ndarray | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    codes = None if patients is None else pd.factorize(_keys(patients, count), use_na_sentinel=False)[0]
+    return _weights(count, codes, resamples, numpy_generator(seed, "bootstrap"), max(1, CELLS // count))
+
+
+def _weights(
+    count: int, codes: np.ndarray | None, resamples: int, rng: np.random.Generator, chunk: int
+) -> Iterator[np.ndarray]:
+    """How often each row is drawn, (<= chunk, count) at a time; rows of equal code are drawn together."""
+    units = count if codes is None else int(codes.max()) + 1
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
+        yield times if codes is None else times[:, codes]
+
+
+def _members(labels: np.ndarray, count: int, where: str) -> dict[str, np.ndarray]:
+    """Rows of each group, by the group's name in sorted order, rows without a label last."""
+    series = pd.Series(labels)
+    if len(series) != count:
+        raise ValueError(f"{where} has {len(series)} labels for {count} rows")
+    absent = series.isna().to_numpy()
+    names = np.where(absent, MISSING, series.astype(str).to_numpy(dtype=object))
+    order = sorted(set(names[~absent])) + ([MISSING] if absent.any() else [])
+    return {name: np.flatnonzero(names == name) for name in order}
+
+
+def _keys(patients: np.ndarray, count: int) -> pd.Series:
+    series = pd.Series(patients)
+    if len(series) != count:
+        raise ValueError(f"{len(series)} patients given for {count} rows")
+    if series.isna().any():
+        raise UserError(
+            f"{int(series.isna().sum())} of {count} test rows have no patient, expected one each; fill the "
+            "column or drop the rows."
+        )
+    return series
+
+
+def _checked(y: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    y, scores = np.asarray(y), np.asarray(scores, dtype=np.float64)
+    if not len(y):
+        raise UserError(
+            "There are no test rows to evaluate, expected at least one; check the splits and the target's "
+            "missing values."
+        )
+    if scores.ndim != 2 or len(scores) != len(y) or scores.shape[1] < 2:
+        raise ValueError(f"scores have shape {scores.shape}, expected ({len(y)}, classes)")
+    if not np.isfinite(scores).all():
+        raise UserError(
+            "The scores of the test rows hold values that are not finite, expected numbers; the encoder "
+            "may have diverged."
+        )
+    if y.min() < 0 or y.max() >= scores.shape[1]:
+        raise ValueError(f"classes run from {y.min()} to {y.max()}, expected 0 to {scores.shape[1] - 1}")
+    return y.astype(np.int64), scores
+
+
+def _metric(name: MetricName) -> Metric:
+    if name not in METRICS:
+        raise UserError(
+            f"The metric {name!r} is unknown, expected one of {', '.join(METRICS)}; correct the name."
+        )
+    return METRICS[name]

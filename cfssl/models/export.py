@@ -1,0 +1,53 @@
+"""The encoder as timm and the Hugging Face hub lay it out: `model.safetensors` with timm's keys, and
+`config.json`.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it; nothing of cfssl is needed.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfssl.errors import UserError
+
+
+def export_encoder(
+    encoder: nn.Module, folder: Path, name: str, shape: tuple[int, int, int], provenance: dict[str, Any]
+) -> None:
+    """Writes `encoder`, a timm model called `name`, for images of `shape` (C, H, W) with pixels in [0, 1].
+
+    `provenance` (JSON-serialisable) is kept under "cfssl" in config.json. The folder must not hold another
+    model.
+    """
+    from timm.models import save_for_hf
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"The export folder {folder} is not empty; give a new folder.")
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        # Stated, because a loader's default normalisation would silently shift every feature.
+        "pretrained_cfg": {
+            "input_size": list(shape),
+            "mean": [0.0] * shape[0],
+            "std": [1.0] * shape[0],
+            "num_classes": 0,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+        },
+        "model_args": {"in_chans": shape[0], **_image_size(name, shape)},
+        "cfssl": provenance,
+    }
+    # safetensors stores plain layouts only; training keeps the channels last
+    plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format)
+    save_for_hf(plain, str(folder), model_config=config, safe_serialization=True)
+
+
+def _image_size(name: str, shape: tuple[int, int, int]) -> dict[str, int]:
+    from cfssl.models.backbone import has_fixed_image_size
+
+    return {"img_size": shape[1]} if has_fixed_image_size(name) else {}

@@ -1,0 +1,27 @@
+"""Projection heads, from lightly, with an initialisation that is a function of a seed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from cfssl.seeds import derive_seed
+
+
+def seeded(build: Callable[[], nn.Module], seed: int, name: str) -> nn.Module:
+    """`build()` under a random stream of its own; the global one is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, name))
+        return build()
+
+
+def simclr_head(features: int, hidden: int, output: int, seed: int) -> nn.Module:
+    """(B, features) -> (B, output): two layers with batch normalisation (Chen et al. 2020, section 4.2)."""
+    from lightly.models.modules import SimCLRProjectionHead
+
+    return seeded(lambda: SimCLRProjectionHead(features, hidden, output), seed, "simclr_head")
+
+
+def linear_head(features: int, classes: int, seed: int) -> nn.Module:
+    """(B, features) -> (B, classes) logits."""
+    return seeded(lambda: nn.Linear(features, classes), seed, "linear_head")

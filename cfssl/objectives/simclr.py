@@ -1,0 +1,60 @@
+"""SimCLR (Chen et al. 2020), and with counterfactual views CF-SimCLR and SimCLR+ (Roschewitz et al. 2024,
+2025).
+
+For the 2N embeddings z of N items with two views each, with s_ij the cosine similarity of z_i and z_j and tau
+the temperature,
+
+    l_i = -log( exp(s_{i,pos(i)} / tau) / sum_{j != i} exp(s_ij / tau) ),      loss = mean_i l_i .
+
+Nothing here knows whether a view is counterfactual: the pairs are made by the view plan. The published code
+never passes its configured temperature to the loss; here it is passed, and a test shows that it acts.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from cfssl.data.views import ViewBatch
+from cfssl.models.backbone import feature_size
+from cfssl.models.heads import simclr_head
+from cfssl.settings import STRICT, Count, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class SimCLRSettings:
+    """`temperature` is tau; `hidden` and `output` are the widths of the projection head."""
+
+    name: Literal["simclr"] = "simclr"
+    temperature: Positive = 0.1
+    hidden: Count = 512
+    output: Count = 128
+
+
+class SimCLR(nn.Module):
+    """`forward(batch, step)` takes two views per item and returns {"loss", "alignment"}; `student` is what
+    gets exported."""
+
+    views = 2
+
+    def __init__(self, encoder: nn.Module, settings: SimCLRSettings, seed: int) -> None:
+        super().__init__()
+        from lightly.loss import NTXentLoss
+
+        self.student = encoder
+        self.head = simclr_head(feature_size(encoder), settings.hidden, settings.output, seed)
+        self.loss = NTXentLoss(temperature=settings.temperature, gather_distributed=True)
+
+    def forward(self, batch: ViewBatch, step: int) -> dict[str, torch.Tensor]:
+        images = batch.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (2B, C, H, W)
+        z = self.head(self.student(images)).unflatten(0, (-1, 2))  # (B, 2, output)
+        # bf16 moves this loss by about a percent; it stays in float32.
+        with torch.autocast(z.device.type, enabled=False):
+            first, second = z.float().unbind(1)
+            loss = self.loss(first, second)
+            alignment = nn.functional.cosine_similarity(first.detach(), second.detach()).mean()
+        return {"loss": loss, "alignment": alignment}
+
+    def after_step(self, step: int) -> None:
+        """Nothing moves outside the optimiser."""

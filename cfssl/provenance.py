@@ -1,0 +1,74 @@
+"""Where a result comes from: fingerprints of settings and code, the git commit, the machine."""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+LIBRARIES = (
+    "torch",
+    "timm",
+    "lightly",
+    "albumentations",
+    "lightning-fabric",
+    "numpy",
+    "scikit-learn",
+    "faiss-cpu",
+    "zuko",
+)
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of the JSON form of `parts` (keys sorted). Anything JSON cannot hold raises TypeError."""
+    text = json.dumps(parts, sort_keys=True, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def code_version(*rooms: str) -> str:
+    """Fingerprint of the code in `rooms` (folders or files under cfssl/). Comments, layout and docstrings do
+    not count: two versions with equal syntax trees compute the same thing."""
+    trees = []
+    for room in rooms:
+        path = PACKAGE / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(
+                    node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                ) and ast.get_docstring(node):
+                    node.body = node.body[1:]
+            trees.append((file.relative_to(PACKAGE).as_posix(), ast.dump(tree)))
+    return fingerprint(trees)
+
+
+def git_state(folder: Path = PACKAGE) -> dict[str, Any]:
+    """Commit and whether the checkout differs from it; both null outside a git checkout."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: versions, machine, git state. JSON-serialisable."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    return {
+        "python": sys.version.split()[0],
+        "libraries": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "git": git_state(),
+        "command": sys.argv,
+    }

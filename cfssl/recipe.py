@@ -1,0 +1,269 @@
+"""Recipes: what an experiment is, as YAML. The only file that knows YAML.
+
+Enters: a recipe file, its `base:` chain, dotted overrides (`train.epochs=10`). Leaves: a validated, frozen
+`Recipe`, or one `UserError` that lists every mistake with its dotted path, the value found and the nearest
+valid name.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from cfssl.bank.settings import BankSettings
+from cfssl.data.datasets import MorphoMNISTSettings, PhantomChestSettings, TableSettings
+from cfssl.data.views import ViewSettings
+from cfssl.engine.loop import TrainSettings
+from cfssl.engine.run import HardwareSettings
+from cfssl.errors import UserError
+from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.files import write_text
+from cfssl.generators.hvae import HVAESettings
+from cfssl.generators.oracle import OracleSettings
+from cfssl.models.backbone import BackboneSettings
+from cfssl.objectives.simclr import SimCLRSettings
+from cfssl.objectives.supervised import SupervisedSettings
+
+DataSettings = PhantomChestSettings | MorphoMNISTSettings | TableSettings
+GeneratorSettings = HVAESettings | OracleSettings
+
+
+class Recipe(BaseModel):
+    """One experiment: table, generator, bank, views, objective, encoder, evaluations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: Annotated[DataSettings, Field(discriminator="name")]
+    generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
+    bank: BankSettings = Field(default_factory=BankSettings)
+    views: ViewSettings = Field(default_factory=ViewSettings)
+    objective: Annotated[SimCLRSettings | SupervisedSettings, Field(discriminator="name")] = Field(
+        default_factory=SimCLRSettings
+    )
+    backbone: BackboneSettings = Field(default_factory=BackboneSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: tuple[EvaluationSettings, ...] = ()
+    hardware: HardwareSettings = Field(default_factory=HardwareSettings)
+    track: Literal["none", "wandb"] = "none"
+
+    def section(self, name: str) -> Any:
+        """A section as JSON-serialisable settings, for content keys."""
+        return self.model_dump(mode="json")[name]
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, one sentence each."""
+        found = []
+        plan = self.views.counterfactual
+        if self.bank.do and self.generator is None:
+            found.append(
+                "bank.do asks for counterfactuals, but there is no generator; add one or remove bank.do"
+            )
+        if self.generator is not None and not self.bank.do:
+            found.append(
+                "generator is given, but bank.do is empty; name what to intervene on, e.g. bank.do: "
+                "{scanner: all}"
+            )
+        if plan is not None and plan.variable not in self.bank.variables:
+            found.append(
+                f"views.counterfactual.variable is {plan.variable!r}, but bank.do intervenes on "
+                f"{sorted(self.bank.variables) or 'nothing'}"
+            )
+        if self.generator is not None:
+            known = {*self.generator.parents, *self.generator.graph}
+            known.update(*self.generator.graph.values())
+            strangers = sorted(self.bank.variables - known)
+            if strangers:
+                found.append(
+                    f"bank.do intervenes on {strangers}, which is not among the generator's variables "
+                    f"{sorted(known)}"
+                )
+        if isinstance(self.objective, SimCLRSettings) and self.views.count != 2:
+            found.append(f"objective simclr takes 2 views, but views.count is {self.views.count}")
+        for path, train in (
+            ("train", self.train),
+            ("generator.train", getattr(self.generator, "train", None)),
+        ):
+            if train is not None and train.batch % train.accumulate:
+                found.append(
+                    f"{path}.batch ({train.batch}) is not a multiple of {path}.accumulate "
+                    f"({train.accumulate})"
+                )
+        names = [evaluation.label for evaluation in self.evaluate]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            found.append(
+                f"evaluate holds {repeated} more than once; merge them or change their target or fraction"
+            )
+        return found
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with its bases and overrides. Raises `UserError` with all mistakes at once."""
+    return parse_recipe(_merge(read_layers(path), _dotlist(overrides)), str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
+    """Validates plain content; `origin` names it in error messages."""
+    mistakes = [f"{path} = 'None': write null for nothing" for path in _none_strings(content)]
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes += [_sentence(entry, content) for entry in error.errors(include_url=False)]
+    else:
+        mistakes += recipe.problems()
+    if mistakes:
+        lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
+        raise UserError(f"The recipe {origin} has {len(set(mistakes))} mistake(s):{lines}")
+    return recipe
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """The resolved recipe, every default spelled out."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json"))))
+
+
+def read_layers(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe merged over its `base`, which is relative to the file that names it."""
+    path = path.resolve()
+    if path in above:
+        chain = " -> ".join(str(step) for step in (*above, path))
+        raise UserError(f"The recipes form a circle of bases ({chain}); remove one `base:`.")
+    if not path.is_file():
+        raise UserError(f"The recipe {path} does not exist{_near_file(path)}; check the path.")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(
+            f"The recipe {path} is not valid YAML ({' '.join(str(error).split())}); mend the file."
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"The recipe {path} holds {type(content).__name__}, not sections; see recipes/ for examples."
+        )
+    own = {str(key): value for key, value in content.items()}
+    base = own.pop("base", None)
+    return own if base is None else _merge(read_layers(path.parent / str(base), (*above, path)), own)
+
+
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`, section by section; an empty mapping clears. A section whose `name` changes is
+    replaced whole: settings of one objective mean nothing to another."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            renamed = "name" in value and value["name"] != below.get("name")
+            merged[key] = dict(value) if renamed or not value else _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
+    broken = [entry for entry in overrides if "=" not in entry or entry.startswith("=")]
+    if broken:
+        raise UserError(
+            f"The override {broken[0]!r} is not of the form key.path=value; write e.g. train.epochs=10."
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(
+            f"The overrides {list(overrides)} cannot be read ({' '.join(str(error).split())})."
+        ) from None
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def _none_strings(node: Any, path: str = "") -> list[str]:
+    if isinstance(node, Mapping):
+        return [
+            found
+            for key, value in node.items()
+            for found in _none_strings(value, f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(node, list):
+        return [
+            found for index, value in enumerate(node) for found in _none_strings(value, f"{path}[{index}]")
+        ]
+    return [path] if node == "None" else []
+
+
+def _sentence(error: Any, content: Any) -> str:
+    """One pydantic error as `path = value: what is wrong; nearest name`."""
+    path, value = _locate(error["loc"], content)
+    kind = error["type"]
+    if kind == "missing":
+        return f"{path} is missing"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(error["loc"][:-1])
+        return f"{path} = {value!r}: unknown key{_nearest(str(error['loc'][-1]), known)}"
+    if kind == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        return f"{path}.name = {error['ctx']['tag']!r}: unknown name{_nearest(error['ctx']['tag'], tags)}"
+    if kind == "union_tag_not_found":
+        return f"{path}.name is missing"
+    expected = error["msg"][0].lower() + error["msg"][1:]
+    choices = error.get("ctx", {}).get("expected", "")
+    near = (
+        _nearest(value, [word.strip(" '") for word in choices.replace(" or ", ",").split(",")])
+        if choices and isinstance(value, str)
+        else ""
+    )
+    return f"{path} = {value!r}: {expected.removeprefix('value error, ')}{near}"
+
+
+def _locate(location: Sequence[Any], content: Any) -> tuple[str, Any]:
+    """The dotted path as the user wrote it (union tags of pydantic's location left out) and the value found
+    there."""
+    path, node = "", content
+    for index, part in enumerate(location):
+        if isinstance(node, Mapping) and part in node:
+            path, node = f"{path}.{part}" if path else str(part), node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            path, node = f"{path}[{part}]", node[part]
+        elif index == len(location) - 1 and isinstance(part, str) and isinstance(node, Mapping):
+            path, node = f"{path}.{part}" if path else part, None
+    return path or "recipe", node
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys that the schema allows at a location."""
+    schema = Recipe.model_json_schema()
+
+    def options(node: Any) -> list[Any]:
+        if "$ref" in node:
+            return options(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+        return [found for entry in node["anyOf"] for found in options(entry)] if "anyOf" in node else [node]
+
+    nodes = [schema]
+    for part in location:
+        following = []
+        for node in nodes:
+            for option in options(node):
+                tagged = option.get("discriminator", {}).get("mapping", {})
+                if part in option.get("properties", {}):
+                    following.append(option["properties"][part])
+                elif part in tagged:
+                    following.append({"$ref": tagged[part]})
+                elif isinstance(part, int) and ("items" in option or "prefixItems" in option):
+                    following.append(option.get("items") or option["prefixItems"][part])
+        nodes = following or nodes
+    return sorted({key for node in nodes for option in options(node) for key in option.get("properties", {})})
+
+
+def _nearest(word: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _near_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], 1)
+    return f" (did you mean {near[0]}?)" if near else ""

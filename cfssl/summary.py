@@ -1,0 +1,141 @@
+"""What a person looks at after a run: contact sheets, result lines, and the report page of one recipe or of
+several side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfssl.bank.store import Bank
+from cfssl.data.table import ImageTable
+from cfssl.errors import UserError
+from cfssl.generators.base import intervention
+from cfssl.pipeline import Pipeline
+from cfssl.provenance import environment
+from cfssl.visualise.curves import loss_curves
+from cfssl.visualise.report import Arm, Picture, Report, write_report
+from cfssl.visualise.views import counterfactual_sheet, view_grid
+
+
+def report_of(job: Pipeline) -> Path:
+    """Runs what is missing of a recipe and writes its page."""
+    return compare({job.recipe.name: job}, job.folder, job.recipe.name)
+
+
+def compare(
+    jobs: Mapping[str, Pipeline],
+    folder: Path,
+    title: str,
+    descriptions: Mapping[str, str] | None = None,
+    comparisons: Sequence[dict[str, Any]] = (),
+    minutes: float | None = None,
+) -> Path:
+    """One self-contained page for recipes that share a table: pictures of the products, curves, and a table
+    per evaluation with the recipes as rows. `jobs`: name of the arm -> its pipeline; the last one's bank and
+    views are shown."""
+    results = {name: job.run() for name, job in jobs.items()}
+    *_, shown = jobs.values()
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    if shown.bank.views:
+        path = folder / "bank.png"
+        bank_sheet(shown, path)
+        truth = " beside the true counterfactual, rendered from the same patient" if shown.table.truth else ""
+        caption = f"Training images and the counterfactuals stored in the bank{truth}."
+        pictures.append(Picture("Counterfactuals", caption, path))
+    for name, job in jobs.items():
+        path = folder / f"views-{job.recipe.name}.png"
+        view_grid(path, job.view_data()[0][0], names=slot_names(job.bank))
+        pictures.append(Picture(f"First batch: {name}", "Views as the objective sees them.", path))
+    curves = folder / "loss.png"
+    loss_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
+    pictures.append(Picture("Training", "Loss of the pre-training.", curves))
+    describe = descriptions or {}
+    arms = [Arm(name, describe.get(name, ""), results[name]) for name in jobs]
+    record = environment()
+    provenance = {
+        "table": shown.table.name,
+        "data fingerprint": shown.table.fingerprint,
+        "training seed": sorted({job.recipe.train.seed for job in jobs.values()}),
+        **record,
+        "command": " ".join(["cfssl", *record["command"][1:]]),
+    }
+    if minutes is not None:
+        provenance["minutes"] = round(minutes, 2)
+    page = folder / "report.html"
+    recipe = (shown.folder / "recipe.yaml").read_text(encoding="utf-8")
+    size = " x ".join(map(str, shown.table.images.shape))
+    subtitle = f"{shown.table.name}, {len(shown.table)} images of {size}"
+    write_report(Report(title, subtitle, pictures, arms, list(comparisons), provenance, recipe), page)
+    return page
+
+
+def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
+    """Originals beside their counterfactuals, and the truth where the table has one. Items are spread over
+    the bank's domains."""
+    bank, table = job.bank, job.table
+    if not bank.views:
+        raise UserError(
+            f"The bank of {job.recipe.name} holds real images only; add a generator and bank.do to the "
+            "recipe."
+        )
+    chosen = spread_over_domains(bank, table, items)
+    slots = np.arange(1 + len(bank.views))
+    stored = bank.gather(chosen, np.tile(slots, (len(chosen), 1)))  # (n, 1 + K, C, H, W)
+    truths = None
+    if table.truth is not None:
+        rendered = [
+            table.truth.counterfactual(bank.rows[chosen], intervention(view, table.attributes, len(chosen)))
+            for view in bank.views
+        ]
+        truths = np.stack(rendered, axis=1)
+    variable = next(iter(bank.views[0]))
+    factual = [f"{variable} {value}" for value in table.frame[variable].iloc[bank.rows[chosen]]]
+    available = bank.available[chosen][:, 1:]
+    counterfactual_sheet(
+        path, stored[:, 0], stored[:, 1:], truths, slot_names(bank)[1:], factual, available=available
+    )
+
+
+def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray:
+    """Items (count,) whose values of the first intervened variable take turns, in the order of the bank."""
+    values = table.frame[next(iter(bank.views[0]))].iloc[bank.rows].astype(str).to_numpy()
+    queues = [np.flatnonzero(values == value).tolist() for value in sorted(set(values))]
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(bank)):
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return np.array(sorted(chosen, key=lambda item: (values[item], item)))
+
+
+def slot_names(bank: Bank) -> list[str]:
+    """ "real", then do(...) of every slot."""
+    return [
+        "real",
+        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
+    ]
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Overall and per-group values of one evaluation, as plain lines."""
+    metric = result["metrics"][0]
+    share = result["protocol"]["label_fraction"]
+    print(
+        f"{result['evaluation']} of {result['target']}, {share:.0%} of the labels, {metric} with 95 % "
+        "intervals"
+    )
+    print(f"  {'all':<24}{_value(result['overall'][metric])}  n {result['overall']['n']}")
+    for grouping, content in result["groups"].items():
+        for group, row in content["table"].items():
+            print(f"  {f'{grouping} {group}':<24}{_value(row[metric])}  n {row['n']}")
+        worst = content["worst"][metric]
+        if worst is not None and content["gap"][metric] is not None:
+            print(f"  worst {grouping}: {worst['group']}; gap {_value(content['gap'][metric])}")
+
+
+def _value(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return f"-      ({entry.get('reason', 'no value')})"
+    return f"{entry['value']:.3f}  [{entry['low']:.3f}, {entry['high']:.3f}]"

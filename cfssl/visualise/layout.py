@@ -1,0 +1,186 @@
+"""Lays out sheets of tiles: headings, labels, frames, legend.
+
+Enters: lines of equally sized RGB tiles with their words. Leaves: a PNG. The canvas is an array, so that
+every tile keeps its exact pixels; matplotlib only sets the words. All places are pixels from the top left
+corner.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from cfssl.files import atomic_path
+
+DPI = 128  # a power of two: width / DPI inches come back as the same whole number of pixels
+GAP, GROUP_GAP, ROW_GAP, MARGIN, FRAME, LINE = 6, 18, 14, 14, 4, 18  # pixels; LINE is one line of text
+POINTS, TITLE_POINTS = 7.5, 10.0
+INK, RULE = "#222222", 150
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`pixels` (h, w, 3) uint8, a caption below, a label at the left (rotated), and the colour of a frame
+    around it."""
+
+    pixels: np.ndarray
+    caption: str = ""
+    side: str = ""
+    frame: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Tiles side by side (None leaves a place empty), `gap` pixels above the next line."""
+
+    tiles: Sequence[Tile | None]
+    gap: int = ROW_GAP
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of the legend: words, after a small picture (h, w, 3) uint8 if there is one."""
+
+    words: str
+    swatch: np.ndarray | None = None
+
+    @property
+    def indent(self) -> int:
+        return 0 if self.swatch is None else self.swatch.shape[1] + 8
+
+
+class Sheet:
+    """What has been put where so far; `save` makes the picture."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[np.ndarray, int, int]] = []
+        self.words: list[tuple[float, float, str, dict[str, Any]]] = []
+
+    def paste(self, pixels: np.ndarray, left: int, top: int) -> None:
+        self.pictures.append((pixels, left, top))
+
+    def write(self, words: str, x: float, y: float, room: int, **style: Any) -> None:
+        """Words at (x, y), shortened to `room` pixels. `y` is the top unless `va` says otherwise."""
+        style = {"size": POINTS, "color": INK, "va": "top", **style}
+        font = FontProperties(size=style["size"], weight=style.get("weight"))
+        lines = [fitted(line, room, font) for line in words.split("\n")]
+        self.words.append((x, y, "\n".join(lines), style))
+
+    def save(self, path: Path, height: int, width: int) -> None:
+        """Writes the PNG. A user's words are never read as mathematics."""
+        canvas = np.full((height, width, 3), 255, np.uint8)
+        for pixels, left, top in self.pictures:
+            canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+        FigureCanvasAgg(figure)
+        figure.figimage(canvas, origin="upper")
+        for x, y, words, style in self.words:
+            figure.text(x / width, 1 - y / height, words, parse_math=False, **style)
+        with atomic_path(Path(path)) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def draw(
+    path: Path,
+    lines: Sequence[Line],
+    columns: Sequence[str],
+    groups: Sequence[tuple[str, int]] = (),
+    title: str | None = None,
+    legend: Sequence[Key] = (),
+) -> None:
+    """Writes the sheet. `groups`: headings over neighbouring columns, as (heading, number of columns)."""
+    height, width = next(tile.pixels.shape for line in lines for tile in line.tiles if tile is not None)[:2]
+    frame = FRAME if any(tile is not None and tile.frame for line in lines for tile in line.tiles) else 0
+    lefts = left_edges(lines, groups, len(columns), width, frame)
+    font = FontProperties(size=POINTS)
+    key_width = max((key.indent + text_width(key.words, font) for key in legend), default=0)
+    sheet_width = MARGIN + max(lefts[-1] + width + frame, MARGIN + key_width)
+
+    sheet, y = Sheet(), MARGIN
+    if title:
+        sheet.write(title, MARGIN, y, sheet_width - 2 * MARGIN, size=TITLE_POINTS)
+        y += LINE + 12
+    if any(heading for heading, _ in groups):
+        first = 0
+        for heading, size in groups:
+            left, right = lefts[first], lefts[first + size - 1] + width
+            if heading:
+                sheet.write(heading, (left + right) / 2, y, right - left, ha="center", weight="bold")
+                sheet.paste(np.full((1, right - left, 3), RULE, np.uint8), left, y + LINE)
+            first += size
+        y += LINE + 4
+    if any(columns):
+        for left, heading in zip(lefts, columns, strict=True):
+            sheet.write(heading, left + width / 2, y, width + GAP, ha="center")
+        y += LINE + frame
+    for line in lines:
+        for left, tile in zip(lefts, line.tiles, strict=True):
+            if tile is not None:
+                put(sheet, tile, left, y, frame)
+        captioned = any(tile is not None and tile.caption for tile in line.tiles)
+        y += height + frame + (LINE if captioned else 0) + line.gap + frame
+    for key in legend:
+        if key.swatch is not None:
+            sheet.paste(key.swatch, MARGIN, y + 2)
+        sheet.write(key.words, MARGIN + key.indent, y, key_width)
+        y += LINE
+    sheet.save(path, y + (MARGIN if legend else 0), sheet_width)
+
+
+def left_edges(
+    lines: Sequence[Line], groups: Sequence[tuple[str, int]], columns: int, width: int, frame: int
+) -> list[int]:
+    """The left edge of the tiles in every column: a group keeps its distance from the last, and columns with
+    labelled tiles leave room for the labels."""
+    starts, first = set(), 0
+    for _, size in groups:
+        starts.add(first)
+        first += size
+    labels = [
+        [tile.side for line in lines if (tile := line.tiles[column]) is not None] for column in range(columns)
+    ]
+    room = [max((LINE * len(label.split("\n")) for label in column if label), default=0) for column in labels]
+    edges: list[int] = []
+    for column in range(columns):
+        before = edges[-1] + width + frame + (GROUP_GAP if column in starts else GAP) if edges else MARGIN
+        edges.append(before + room[column] + frame)
+    return edges
+
+
+def put(sheet: Sheet, tile: Tile, left: int, top: int, frame: int) -> None:
+    """One tile with its frame, label and caption."""
+    height, width = tile.pixels.shape[:2]
+    if tile.frame:
+        colour = np.rint(255 * np.array(to_rgb(tile.frame))).astype(np.uint8)
+        outer = np.broadcast_to(colour, (height + 2 * frame, width + 2 * frame, 3))
+        sheet.paste(outer, left - frame, top - frame)
+    sheet.paste(tile.pixels, left, top)
+    if tile.side:
+        middle = top + height / 2
+        sheet.write(tile.side, left - frame - 4, middle, height, rotation=90, ha="right", va="center")
+    if tile.caption:
+        below, colour = top + height + frame + 2, tile.frame or INK
+        sheet.write(tile.caption, left + width / 2, below, width + GAP, ha="center", color=colour)
+
+
+def text_width(text: str, font: FontProperties) -> int:
+    """Pixels that one line of text takes."""
+    return math.ceil(RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0])
+
+
+def fitted(text: str, room: int, font: FontProperties) -> str:
+    """`text` with its middle left out until it fits: the start names the variable, the end its value."""
+    if text_width(text, font) <= room:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        shorter = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+        if text_width(shorter, font) <= room:
+            return shorter
+    return "…"

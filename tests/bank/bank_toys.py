@@ -1,0 +1,97 @@
+"""A table and a generator small enough to know every stored pixel in closed form."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cfssl.bank.build import build
+from cfssl.bank.store import Bank
+from cfssl.data.prepare import save_prepared
+from cfssl.data.splits import SplitSettings
+from cfssl.data.table import Attribute, ImageTable
+from cfssl.scm.graph import CausalGraph
+
+SCANNERS = ("A", "B", "C")
+SHIFT = torch.tensor([0.0, 0.3, -0.5])  # of the grey level, by scanner
+DISEASE = 0.25  # added by disease
+ATTRIBUTES = {
+    "scanner": Attribute("scanner", "categorical", SCANNERS, declared=True),
+    "disease": Attribute("disease", "binary", ("no", "yes"), declared=True),
+    "age": Attribute("age", "continuous", declared=True),
+}
+VIEWS = [*({"scanner": name} for name in SCANNERS), {"age": 30.0}, {"scanner": "B", "disease": "yes"}]
+
+
+def toy_table(folder: Path, count: int = 20, shape=(1, 6, 5), dtype=np.uint8, missing=()) -> ImageTable:
+    """Noise images; `missing` rows have no disease."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, np.iinfo(dtype).max + 1, (count, *shape), dtype=dtype)
+    frame = pd.DataFrame(
+        {
+            "scanner": rng.choice(SCANNERS, count),
+            "disease": rng.choice(["no", "yes"], count).astype(object),
+            "age": rng.uniform(20, 90, count).astype(np.float32),
+            "split": "train",
+        }
+    )
+    frame.loc[list(missing), "disease"] = None
+    split = SplitSettings(may_be_empty=("val", "test"))
+    return save_prepared(folder, "toy", frame, ATTRIBUTES, images, split=split)
+
+
+def build_toy(folder: Path, table: ImageTable, **settings) -> Bank | None:
+    """A bank of four shards, each of two batches."""
+    settings = {"rows": table.rows(), "generator": ToyGenerator(), "views": VIEWS, "seed": 3, **settings}
+    build(folder, table, **{"rows_per_shard": 6, "batch": 4, **settings})
+    return Bank.open(folder) if "shards" not in settings else None
+
+
+def build_slowly(folder: Path, table_folder: Path) -> None:
+    """For a process that is going to be killed."""
+    torch.set_num_threads(1)
+    build_toy(folder, ImageTable.open(table_folder), generator=ToyGenerator(pause=0.001), rows_per_shard=2)
+
+
+class ToyModel:
+    """Disease given age with random abduction: disease* = [age* + noise > 60], the noise from `rng`."""
+
+    def counterfactual(self, values, do, rng):
+        result = {**values, **do}
+        if "disease" not in do and "age" in do:
+            noise = torch.randn(len(result["age"]), generator=rng) * 20
+            result["disease"] = (result["age"] + noise > 60).long()
+        return result
+
+
+class ToyGenerator:
+    """x = u + SHIFT[scanner] + DISEASE * disease."""
+
+    fingerprint = "toy-1"
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.graph = CausalGraph({"disease": ["age"]}, ["scanner", "disease", "age"], ["scanner", "disease"])
+        self.scm = ToyModel()
+        self.pause, self.calls, self.sizes = pause, 0, []
+
+    def fit(self, table, run):
+        raise NotImplementedError
+
+    def _offset(self, pa):
+        return (SHIFT[pa["scanner"]] + DISEASE * pa["disease"])[:, None, None, None]
+
+    def abduct(self, x, pa):
+        self.calls += 1
+        self.sizes.append(len(x))
+        return {"u": x - self._offset(pa)}
+
+    def predict(self, u, pa_cf):
+        time.sleep(self.pause)
+        return u["u"] + self._offset(pa_cf)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

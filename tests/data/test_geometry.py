@@ -1,0 +1,99 @@
+"""Geometry: matched points agree, matrices equal their definition, frequencies are what the settings say."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from cfssl.data.geometry import GeometrySettings, grid, sample_affines, to_source, to_view, valid_mask, warp
+from cfssl.seeds import numpy_generator
+
+STRONG = GeometrySettings(crop_scale=(0.2, 0.9), rotation=30, horizontal_flip=0.5, vertical_flip=0.5)
+
+
+def coordinate_image(height: int, width: int) -> np.ndarray:
+    """(H, W, 2): the normalised x and y of every pixel centre."""
+    x, y = grid((height, width))
+    return np.stack(np.meshgrid(x, y), axis=2).astype(np.float32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
+def test_a_coordinate_image_seen_through_two_views_agrees_at_matched_points(height: int, width: int) -> None:
+    source = coordinate_image(height, width)
+    affines = sample_affines(numpy_generator(0), 40, STRONG, width / height).reshape(20, 2, 2, 3)
+    x, y = grid((height, width))
+    points = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)
+    compared = 0
+    for first, second in affines:
+        seen_first = warp(source, first, (height, width)).reshape(-1, 2)
+        seen_second = warp(source, second, (height, width))
+        # where the first view's pixels lie in the second view
+        matched = to_view(second[None], to_source(first[None], points[None]))[0]
+        # inside the second view, and away from the source's border, where interpolation meets the filling
+        place = to_source(first[None], points[None])[0]
+        keep = (np.abs(matched) < 0.95).all(1) & (np.abs(place) < 0.9).all(1)
+        sampled = F.grid_sample(
+            torch.from_numpy(seen_second).permute(2, 0, 1)[None],
+            torch.from_numpy(matched[keep].astype(np.float32))[None, None],
+            align_corners=False,
+        )[0, :, 0].T.numpy()
+        compared += keep.sum()
+        assert np.abs(sampled - seen_first[keep]).max() / 2 < 1e-3  # the side is 2
+    assert compared > 10_000
+
+
+def test_warp_equals_torch_grid_sample() -> None:
+    image = numpy_generator(1).random((32, 48, 1), dtype=np.float32)
+    for affine in sample_affines(numpy_generator(2), 10, STRONG, 48 / 32):
+        theta = torch.from_numpy(affine)[None].float()
+        sampling = F.affine_grid(theta, [1, 1, 32, 48], align_corners=False)
+        expected = F.grid_sample(
+            torch.from_numpy(image).permute(2, 0, 1)[None], sampling, align_corners=False
+        )[0, 0].numpy()
+        # torch and OpenCV fill the last half pixel of the border alike only up to interpolation with zero
+        np.testing.assert_allclose(warp(image, affine, (32, 48)), expected, atol=2e-4)
+
+
+def test_valid_marks_exactly_the_points_inside_the_source() -> None:
+    affines = sample_affines(numpy_generator(3), 30, STRONG, 1.0)
+    x, y = grid((20, 20))
+    points = np.stack(np.meshgrid(x, y), axis=2).reshape(1, -1, 2)
+    expected = (np.abs(to_source(affines, points)) <= 1).all(-1).reshape(30, 20, 20)
+    np.testing.assert_array_equal(valid_mask(affines, (20, 20)), expected)
+
+
+@given(st.integers(0, 2**32), st.floats(0.5, 2))
+def test_without_rotation_every_crop_lies_inside_the_source(seed: int, aspect: float) -> None:
+    affines = sample_affines(numpy_generator(seed), 8, GeometrySettings(crop_scale=(0.1, 1.0)), aspect)
+    assert valid_mask(affines, (16, 16)).all()
+
+
+@given(st.integers(0, 2**32), st.floats(0.5, 2))
+def test_to_view_inverts_to_source(seed: int, aspect: float) -> None:
+    affines = sample_affines(numpy_generator(seed), 4, STRONG, aspect)
+    points = numpy_generator(seed, "points").uniform(-1, 1, (4, 7, 2))
+    np.testing.assert_allclose(to_view(affines, to_source(affines, points)), points, atol=1e-12)
+
+
+def test_rotation_is_rigid_in_pixels_of_a_wide_image() -> None:
+    settings = GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1), rotation=45, horizontal_flip=0)
+    aspect = 3.0
+    pixel_of = np.diag([aspect, 1.0])
+    for affine in sample_affines(numpy_generator(4), 20, settings, aspect):
+        rotation = pixel_of @ affine[:, :2] @ np.linalg.inv(pixel_of)
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(2), atol=1e-12)
+
+
+def test_flips_and_areas_have_the_stated_frequencies() -> None:
+    settings = GeometrySettings(
+        crop_scale=(0.25, 0.5), crop_ratio=(1, 1), horizontal_flip=0.3, vertical_flip=0.1
+    )
+    affines = sample_affines(numpy_generator(5), 20_000, settings, 1.0)
+    assert (affines[:, 0, 0] < 0).mean() == pytest.approx(0.3, abs=0.012)
+    assert (affines[:, 1, 1] < 0).mean() == pytest.approx(0.1, abs=0.012)
+    area = np.abs(np.linalg.det(affines[:, :, :2]))
+    assert area.min() >= 0.25
+    assert area.max() <= 0.5
+    assert area.mean() == pytest.approx(0.375, abs=0.003)

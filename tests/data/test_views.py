@@ -1,0 +1,179 @@
+"""View plans give exactly the pairs of the papers; batches are a pure function of seed and step."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cfssl.data.augment import PhotometricSettings
+from cfssl.data.geometry import GeometrySettings
+from cfssl.data.views import CounterfactualPlan, SlotPlan, ViewData, ViewSettings
+from cfssl.engine.loop import loader
+from cfssl.errors import UserError
+from cfssl.seeds import numpy_generator
+
+DOMAINS = ("A", "B", "C", "D", "E")
+
+
+class MemorySource:
+    """Items of five domains; the stored image of slot s of item i is the constant 10 s + 50 (domain), so
+    views can be told apart."""
+
+    def __init__(self, count: int = 400, side: int = 16) -> None:
+        self.rows = np.arange(count) + 1000
+        self.shape = (1, side, side)
+        self.views = tuple({"scanner": domain} for domain in DOMAINS)
+        self.domain = np.arange(count) % 5
+        self.available = np.ones((count, 6), dtype=bool)
+        self.available[np.arange(count), self.domain + 1] = False  # a row's own value is not made again
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        value = (10 * slots + 2 * self.domain[items].reshape(-1, *[1] * (slots.ndim - 1))).astype(np.uint8)
+        return np.broadcast_to(value[..., None, None, None], (*slots.shape, *self.shape)).copy()
+
+
+def draws(plan: CounterfactualPlan | None, views: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Slots (50,000, V) and the factual domain of each draw."""
+    source = MemorySource()
+    items = np.arange(50_000) % 400
+    return SlotPlan(source, views, plan).draw(numpy_generator(0), items), source.domain[items]
+
+
+def test_cf_simclr_keeps_view_0_real_and_draws_the_other_domains_uniformly() -> None:
+    slots, domain = draws(CounterfactualPlan(variable="scanner", view=(1,), probability=0.8))
+    assert (slots[:, 0] == 0).all()
+    assert (slots[:, 1] > 0).mean() == pytest.approx(0.8, abs=0.01)
+    assert (slots[:, 1] != domain + 1).all()
+    for own in range(5):
+        shown = slots[domain == own, 1]
+        for other in range(5):
+            if other != own:
+                assert (shown == other + 1).mean() == pytest.approx(0.2, abs=0.012)
+
+
+def test_balanced_probability_makes_the_marginal_domain_uniform_given_each_factual_one() -> None:
+    slots, domain = draws(CounterfactualPlan(variable="scanner", view=(1,), probability="balanced"))
+    shown = np.where(slots[:, 1] == 0, domain, slots[:, 1] - 1)
+    for own in range(5):
+        counts = np.bincount(shown[domain == own], minlength=5) / (domain == own).sum()
+        np.testing.assert_allclose(counts, 0.2, atol=0.012)
+
+
+def test_simclr_plus_shows_the_same_image_in_both_views() -> None:
+    slots, _ = draws(CounterfactualPlan(variable="scanner", view=(0, 1), probability=0.5, shared=True))
+    np.testing.assert_array_equal(slots[:, 0], slots[:, 1])
+    assert (slots[:, 0] > 0).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_unshared_views_draw_their_targets_independently() -> None:
+    slots, _ = draws(CounterfactualPlan(variable="scanner", view=(0, 1), probability=0.5))
+    both = ((slots[:, 0] > 0) & (slots[:, 1] > 0)).mean()
+    assert both == pytest.approx(0.25, abs=0.01)
+
+
+def test_simclr_is_all_real() -> None:
+    assert (draws(None)[0] == 0).all()
+
+
+def test_target_weights_are_followed_and_the_own_value_is_excluded() -> None:
+    slots, domain = draws(
+        CounterfactualPlan(variable="scanner", probability=1.0, target={"D": 3.0, "E": 1.0})
+    )
+    shown = slots[:, 1]
+    assert (shown[domain == 0] == 4).mean() == pytest.approx(0.75, abs=0.012)
+    assert (shown[domain == 3] == 5).all()
+
+
+def test_an_item_without_available_targets_stays_real() -> None:
+    source = MemorySource()
+    source.available[7, 1:] = False
+    plan = SlotPlan(source, 2, CounterfactualPlan(variable="scanner", probability=1.0))
+    slots = plan.draw(numpy_generator(0), np.array([7, 8] * 100))
+    assert (slots[::2] == 0).all()
+    assert (slots[1::2, 1] > 0).all()
+
+
+def test_a_plan_the_bank_cannot_serve_is_refused_with_what_it_holds() -> None:
+    with pytest.raises(UserError, match=r"intervenes on 'sex', but the bank holds"):
+        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="sex"))
+    with pytest.raises(UserError, match=r"target names \['Z'\]"):
+        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="scanner", target={"Z": 1.0}))
+    with pytest.raises(ValueError, match="names view 2"):
+        ViewSettings(counterfactual=CounterfactualPlan(variable="scanner", view=(2,)))
+
+
+SETTINGS = ViewSettings(
+    counterfactual=CounterfactualPlan(variable="scanner", probability=0.8),
+    geometry=GeometrySettings(rotation=20),
+    photometric=PhotometricSettings(noise=0.1, noise_probability=1.0),
+)
+
+
+def batches(workers: int, seed: int = 0, start: int = 0, stop: int = 8) -> list:
+    data = ViewData(MemorySource(), SETTINGS, batch=100, epochs=2, seed=seed)
+    return [micro[0] for micro in loader(data, range(start, stop), workers)]
+
+
+def test_two_workers_give_what_the_main_process_gives_and_no_two_batches_repeat() -> None:
+    alone, parallel = batches(0), batches(2)
+    assert len(alone) == 8
+    for first, second in zip(alone, parallel, strict=True):
+        assert torch.equal(first.images, second.images)
+        assert torch.equal(first.affine, second.affine)
+    # The trap: unseeded albumentations repeats its noise in every worker and epoch.
+    noise = [batch.images - batch.images.mean((2, 3, 4), keepdim=True) for batch in parallel]
+    for i in range(8):
+        for j in range(i):
+            assert not torch.equal(noise[i], noise[j])
+            assert not torch.allclose(parallel[i].affine, parallel[j].affine)
+
+
+def test_a_resumed_run_sees_the_same_batches_and_another_seed_others() -> None:
+    whole, rest, other = batches(0), batches(0, start=5), batches(0, seed=1)
+    for first, second in zip(whole[5:], rest, strict=True):
+        assert torch.equal(first.images, second.images)
+        assert torch.equal(first.row, second.row)
+    assert not torch.equal(whole[0].images, other[0].images)
+
+
+def test_every_epoch_shows_every_item_once_in_another_order() -> None:
+    rows = torch.stack([batch.row for batch in batches(0)]).reshape(2, -1)
+    for epoch in rows:
+        assert sorted(epoch.tolist()) == list(range(1000, 1400))
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_micro_batches_are_the_same_views_cut_in_four() -> None:
+    whole = ViewData(MemorySource(), SETTINGS, batch=100, epochs=1, seed=0)[2][0]
+    parts = ViewData(MemorySource(), SETTINGS, batch=100, epochs=1, seed=0, accumulate=4)[2]
+    assert [len(part) for part in parts] == [25] * 4
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([part.slot for part in parts]), whole.slot)
+
+
+def test_views_show_the_slot_they_name() -> None:
+    plain = ViewSettings(
+        counterfactual=CounterfactualPlan(variable="scanner", probability=0.8),
+        geometry=GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1)),
+        photometric=PhotometricSettings(brightness=0, contrast=0),
+    )
+    batch = ViewData(MemorySource(), plain, batch=100, epochs=1, seed=0)[0][0]
+    domain = (batch.row - 1000) % 5
+    expected = (10 * batch.slot + 2 * domain[:, None]) / 255
+    assert torch.allclose(batch.images.mean((2, 3, 4)), expected.float(), atol=1e-6)
+    assert torch.equal(batch.is_counterfactual, batch.slot > 0)
+    assert batch.valid.all()
+
+
+def test_too_few_images_for_a_batch_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"train.batch is 500, but only 400 images"):
+        ViewData(MemorySource(), SETTINGS, batch=500, epochs=1, seed=0)
+
+
+def test_the_loader_needs_no_collation() -> None:
+    data = ViewData(MemorySource(), SETTINGS, batch=100, epochs=1, seed=0)
+    assert isinstance(loader(data, range(1), 0), DataLoader)
+    assert len(next(iter(loader(data, range(1), 0)))[0]) == 100

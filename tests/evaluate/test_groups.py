@@ -1,0 +1,318 @@
+"""Properties of metrics, group reports and paired differences; oracles are scikit-learn, closed forms and
+simulation.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn import metrics as sk
+
+from cfssl.errors import UserError
+from cfssl.evaluate.groups import MISSING, _resamples, paired_difference, paired_mean_of_groups, report
+from cfssl.evaluate.metrics import METRICS, once
+from cfssl.seeds import numpy_generator
+
+
+def binary(count: int, separation: float = 1.0, ties: bool = False, name: object = 0):
+    """Balanced classes whose scores are unit normals `separation` apart: AUC = Phi(separation / sqrt 2)."""
+    rng = numpy_generator("binary", str(name))
+    y = np.arange(count) % 2
+    score = rng.normal(size=count) + separation * y
+    return y, two_columns(np.round(score) if ties else score)
+
+
+def two_columns(score: np.ndarray) -> np.ndarray:
+    probability = 1 / (1 + np.exp(-score))
+    return np.stack([1 - probability, probability], axis=1)
+
+
+def multiclass(count: int, classes: int = 4):
+    rng = numpy_generator("multiclass")
+    y = np.r_[np.arange(classes), rng.integers(classes, size=count - classes)]
+    logits = rng.normal(size=(count, classes)).round(1) + 1.5 * np.eye(classes)[y]
+    return y, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def reference(name: str, y: np.ndarray, scores: np.ndarray) -> float:
+    binary_scores = scores[:, 1] if scores.shape[1] == 2 else scores
+    decided = scores.argmax(1)
+    if name == "auc":
+        return sk.roc_auc_score(y, binary_scores, multi_class="ovr")
+    if name == "average_precision":
+        return sk.average_precision_score(y, binary_scores)
+    if name == "balanced_accuracy":
+        return sk.balanced_accuracy_score(y, decided)
+    return sk.f1_score(y, decided, average="macro", labels=range(scores.shape[1]), zero_division=0)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "data", [binary(301), binary(301, ties=True), multiclass(300)], ids=["reals", "ties", "four classes"]
+)
+def test_metric_equals_scikit_learn_on_the_rows_and_on_every_resample(name, data):
+    y, scores = data
+    assert once(METRICS[name], y, scores) == pytest.approx(reference(name, y, scores), abs=1e-12)
+    weights = next(_resamples(len(y), None, 10, seed=3))
+    figures = METRICS[name](y, scores, weights)
+    for times, figure in zip(weights, figures, strict=True):
+        repeated = np.repeat(np.arange(len(y)), times)
+        assert figure == pytest.approx(reference(name, y[repeated], scores[repeated]), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_is_undefined_where_a_class_is_absent(name):
+    for (y, scores), absent in ((binary(50), 1), (binary(50), 0), (multiclass(50), 2)):
+        weights = np.stack([np.ones(50), y != absent])
+        figures = METRICS[name](y, scores, weights)
+        assert np.isfinite(figures[0])
+        assert np.isnan(figures[1])
+
+
+def test_auc_counts_ties_half():
+    y = np.array([0, 1, 0, 1])
+    assert once(METRICS["auc"], y, two_columns(np.zeros(4))) == 0.5
+    assert once(METRICS["auc"], y, two_columns(np.array([0.0, 0.0, 0.0, 1.0]))) == 0.75
+
+
+def test_resamples_draw_whole_patients_with_replacement():
+    patients = np.array(["a", "b", "b", "c", "c", "c"])
+    weights = np.concatenate(list(_resamples(6, patients, 4000, seed=0)))
+    assert (weights[:, 1] == weights[:, 2]).all()
+    assert (weights[:, 3] == weights[:, 5]).all()
+    per_patient = weights[:, [0, 1, 3]]
+    assert (per_patient.sum(1) == 3).all()
+    assert per_patient.mean(0) == pytest.approx([1, 1, 1], abs=0.05)
+    assert per_patient.var(0) == pytest.approx([2 / 3] * 3, abs=0.06)  # binomial(3, 1/3)
+
+
+def test_interval_of_the_auc_covers_the_truth_about_95_percent_of_the_time():
+    truth = norm.cdf(1 / np.sqrt(2))
+    covered = 0
+    for trial in range(200):
+        y, scores = binary(160, name=trial)
+        cell = report(y, scores, {}, resamples=300, seed=trial)["overall"]["auc"]
+        covered += cell["low"] <= truth <= cell["high"]
+    assert 0.90 <= covered / 200 <= 0.985
+
+
+def test_cluster_bootstrap_is_not_fooled_by_copies_of_a_row():
+    y, scores = binary(200)
+    width = {}
+    for name, repeat, with_patients in (("rows", 1, False), ("copies", 4, False), ("patients", 4, True)):
+        rows = np.repeat(np.arange(200), repeat)
+        patients = rows if with_patients else None
+        cell = report(y[rows], scores[rows], {}, patients=patients, resamples=2000)["overall"]["auc"]
+        width[name] = cell["high"] - cell["low"]
+    assert width["patients"] == pytest.approx(width["rows"], rel=0.1)
+    assert width["copies"] == pytest.approx(width["rows"] / 2, rel=0.15)
+
+
+def scanners(count: int = 600):
+    y, scores = binary(count)
+    rng = numpy_generator("scanners")
+    scanner = rng.choice(["A", "B", "C"], count, p=[0.7, 0.25, 0.05]).astype(object)
+    scores = np.where((scanner == "C")[:, None], two_columns(rng.normal(size=count) + 0.2 * y), scores)
+    return y, scores, scanner
+
+
+def test_report_lists_every_group_with_scikit_learns_values_and_finds_worst_and_gap():
+    y, scores, scanner = scanners()
+    names = list(METRICS)
+    result = report(y, scores, {"scanner": scanner}, names, resamples=100)
+    grouping = result["groups"]["scanner"]
+    assert list(grouping["table"]) == ["A", "B", "C"]
+    for group, row in grouping["table"].items():
+        rows = scanner == group
+        assert (row["n"], row["positives"]) == (rows.sum(), y[rows].sum())
+        for name in names:
+            assert row[name]["value"] == pytest.approx(reference(name, y[rows], scores[rows]), abs=1e-12)
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+    for name in names:
+        values = {group: row[name]["value"] for group, row in grouping["table"].items()}
+        worst = min(values, key=values.get)
+        assert grouping["worst"][name] == {"group": worst, "value": values[worst]}
+        gap = grouping["gap"][name]
+        assert gap["value"] == pytest.approx(max(values.values()) - min(values.values()))
+        assert gap["low"] <= gap["value"] <= gap["high"]
+        assert (values[gap["best"]], gap["worst"]) == (max(values.values()), worst)
+    assert result["overall"]["auc"]["value"] == pytest.approx(sk.roc_auc_score(y, scores[:, 1]))
+
+
+def test_interval_of_a_gap_agrees_with_independent_groups_in_theory():
+    y, scores, scanner = scanners(2000)
+    grouping = report(y, scores, {"scanner": scanner}, resamples=2000)["groups"]["scanner"]
+    gap = grouping["gap"]["auc"]
+    widths = [
+        grouping["table"][gap[end]]["auc"]["high"] - grouping["table"][gap[end]]["auc"]["low"]
+        for end in ("best", "worst")
+    ]
+    assert gap["high"] - gap["low"] == pytest.approx(np.hypot(*widths), rel=0.1)
+
+
+def test_report_is_json_of_finite_numbers_and_a_function_of_its_seed():
+    y, scores, scanner = scanners()
+    first = report(y, scores, {"scanner": scanner}, resamples=50, seed=1)
+    again = report(y, scores, {"scanner": scanner}, resamples=50, seed=1)
+    other = report(y, scores, {"scanner": scanner}, resamples=50, seed=2)
+    assert json.dumps(first, allow_nan=False) == json.dumps(again, allow_nan=False)
+    assert first["overall"]["auc"]["low"] != other["overall"]["auc"]["low"]
+
+
+def test_memory_chunks_do_not_change_the_report(monkeypatch):
+    y, scores, scanner = scanners()
+    whole = report(y, scores, {"scanner": scanner}, resamples=50)
+    monkeypatch.setattr("cfssl.evaluate.groups.CELLS", 7 * len(y))
+    assert report(y, scores, {"scanner": scanner}, resamples=50) == whole
+
+
+def test_a_group_that_lacks_a_class_is_listed_with_a_reason_and_is_not_the_worst():
+    y, scores, scanner = scanners()
+    scanner[np.flatnonzero(y == 0)[:5]] = "healthy only"
+    grouping = report(y, scores, {"scanner": scanner}, resamples=50)["groups"]["scanner"]
+    row = grouping["table"]["healthy only"]
+    assert (row["n"], row["positives"]) == (5, 0)
+    assert row["auc"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "reason": "no row of class 1 among 5 rows",
+    }
+    assert grouping["worst"]["auc"]["group"] == "C"
+
+
+def test_a_group_whose_class_hangs_on_one_row_has_a_value_but_says_when_it_has_no_interval():
+    y, scores, _ = scanners()
+    patients = np.arange(len(y))
+    labels = np.full(len(y), "many", dtype=object)
+    labels[np.r_[np.flatnonzero(y == 0)[:3], np.flatnonzero(y == 1)[:1]]] = "few"
+    # Both classes of "few" survive a resample with probability about (1 - 1/e)(1 - 1/e^3) = 0.60; four
+    # classes of one row: 0.16.
+    cell = report(y, scores, {"g": labels}, patients=patients, resamples=400)["groups"]["g"]["table"]["few"][
+        "auc"
+    ]
+    assert cell["low"] is not None
+    y4, scores4 = multiclass(300)
+    labels = np.where(np.arange(300) < 4, "few", "many")
+    cell = report(y4, scores4, {"g": labels}, resamples=400)["groups"]["g"]["table"]["few"]["auc"]
+    assert cell["value"] is not None
+    assert cell["low"] is None
+    assert "absent from" in cell["reason"]
+
+
+def test_rows_without_a_label_form_a_group_of_their_own_outside_worst_and_gap():
+    y, scores, scanner = scanners()
+    scanner[scanner == "C"] = None
+    grouping = report(y, scores, {"scanner": scanner}, resamples=50)["groups"]["scanner"]
+    assert list(grouping["table"]) == ["A", "B", MISSING]
+    assert sum(row["n"] for row in grouping["table"].values()) == len(y)
+    assert MISSING not in (grouping["gap"]["auc"]["worst"], grouping["worst"]["auc"]["group"])
+
+
+def test_multiclass_rows_list_the_count_of_every_class():
+    y, scores = multiclass(100)
+    assert report(y, scores, {}, resamples=5)["overall"]["positives"] == np.bincount(y).tolist()
+
+
+def arms(count: int = 400, seeds: int = 1, spread: float = 0.0):
+    """Arm a sees the signal better than b; both share most of their noise. `spread`: how much seeds differ in
+    arm a.
+    """
+    rng = numpy_generator("arms", seeds)
+    y = np.arange(count) % 2
+    shared = rng.normal(size=count)
+    a = [
+        two_columns(shared + (1.2 + spread * rng.normal()) * y + 0.2 * rng.normal(size=count))
+        for _ in range(seeds)
+    ]
+    b = [two_columns(shared + 0.9 * y + 0.2 * rng.normal(size=count)) for _ in range(seeds)]
+    return y, a, b
+
+
+def width(cell: dict) -> float:
+    return cell["high"] - cell["low"]
+
+
+def test_paired_difference_is_the_difference_of_mean_figures_over_seeds():
+    y, a, b = arms(seeds=3)
+    result = paired_difference(y, a, b, resamples=50)
+    per_seed = [
+        sk.roc_auc_score(y, one[:, 1]) - sk.roc_auc_score(y, two[:, 1]) for one, two in zip(a, b, strict=True)
+    ]
+    assert result["seeds"] == pytest.approx(per_seed)
+    assert result["value"] == pytest.approx(np.mean(per_seed))
+
+
+def test_paired_difference_of_an_arm_with_itself_is_nothing():
+    y, a, _ = arms(seeds=3)
+    result = paired_difference(y, a, a, resamples=50)
+    assert (result["value"], result["low"], result["high"]) == (0, 0, 0)
+
+
+def test_paired_interval_is_narrower_than_that_of_unpaired_test_sets():
+    y, a, b = arms()
+    paired = paired_difference(y, a[0], b[0], resamples=1000)
+    each = [report(y, arm[0], {}, resamples=1000)["overall"]["auc"] for arm in (a, b)]
+    assert width(paired) < 0.6 * np.hypot(width(each[0]), width(each[1]))
+    assert paired["low"] > 0
+
+
+def test_paired_interval_covers_the_truth_about_95_percent_of_the_time():
+    covered = 0
+    truth = norm.cdf(1 / np.sqrt(2)) - norm.cdf(0.5 / np.sqrt(2) / np.sqrt(1.25))
+    for trial in range(150):
+        rng = numpy_generator("paired coverage", trial)
+        y = np.arange(200) % 2
+        better = rng.normal(size=200) + y
+        worse = rng.normal(size=200) * 0.5 + rng.normal(size=200) + 0.5 * y
+        result = paired_difference(y, two_columns(better), two_columns(worse), resamples=300, seed=trial)
+        covered += result["low"] <= truth <= result["high"]
+    assert 0.90 <= covered / 150 <= 0.99
+
+
+def test_disagreement_between_seeds_widens_the_interval():
+    y, a, b = arms(seeds=4, spread=0.6)
+    both = paired_difference(y, a, b, resamples=1000)
+    # The same figures with the seeds' disagreement averaged away leave only the test set's uncertainty.
+    only_rows = [width(paired_difference(y, one, two, resamples=1000)) for one, two in zip(a, b, strict=True)]
+    assert width(both) > 1.5 * np.mean(only_rows)
+    spread = np.std(both["seeds"]) / np.sqrt(4)
+    assert width(both) > 2 * 1.7 * spread
+
+
+def test_mean_of_groups_weighs_groups_equally_whatever_their_size():
+    y, a, b = arms(seeds=2)
+    labels = np.where(np.arange(len(y)) < 40, "rare", np.where(np.arange(len(y)) < 140, "middle", "common"))
+    result = paired_mean_of_groups(y, a, b, labels, ["rare", "middle"], resamples=200)
+    expected = []
+    for one, two in zip(a, b, strict=True):
+        for group in ("rare", "middle"):
+            r = labels == group
+            expected.append(sk.roc_auc_score(y[r], one[r, 1]) - sk.roc_auc_score(y[r], two[r, 1]))
+    assert result["value"] == pytest.approx(np.mean(expected))
+    assert result["low"] < result["value"] < result["high"]
+    with pytest.raises(UserError, match="'epic'"):
+        paired_mean_of_groups(y, a, b, labels, ["epic"])
+
+
+def test_a_mean_over_a_group_without_a_class_is_null_with_a_reason():
+    y, a, b = arms()
+    result = paired_mean_of_groups(y, a, b, np.where(y == 1, "sick", "healthy"), ["sick"], resamples=20)
+    assert result["value"] is None
+    assert result["reason"] == "no row of class 0 among 200 rows"
+    json.dumps(result, allow_nan=False)
+
+
+def test_impossible_requests_are_refused_in_a_sentence():
+    y, scores = binary(20)
+    with pytest.raises(UserError, match="metric 'accuracy' is unknown"):
+        report(y, scores, {}, ["accuracy"])
+    with pytest.raises(UserError, match="no test rows"):
+        report(y[:0], scores[:0], {})
+    with pytest.raises(UserError, match="not finite"):
+        report(y, scores * np.nan, {})
+    with pytest.raises(UserError, match="1 of 20 test rows have no patient"):
+        report(y, scores, {}, patients=np.array([None, *range(19)], dtype=object))
+    with pytest.raises(UserError, match="2 and 1 seeds"):
+        paired_difference(y, [scores, scores], [scores])

@@ -1,0 +1,251 @@
+"""The pipeline: stages are reused exactly when nothing they depend on changed, and it ends in the same
+weights after a stop."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+
+from cfssl.engine.run import HardwareSettings, Run
+from cfssl.errors import UserError
+from cfssl.pipeline import Pipeline
+from cfssl.recipe import load_recipe, parse_recipe
+from cfssl.seeds import numpy_generator
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "phantom_chest", "count": 240},
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner", "disease"],
+        "graph": {"disease": ["age"]},
+        "widths": [8, 8, 8, 8],
+        "latents": [2, 2, 2],
+        "blocks": 1,
+        "train": {"epochs": 1},
+    },
+    "bank": {"do": {"scanner": "all"}},
+    "views": {"counterfactual": {"variable": "scanner", "view": 1}},
+    "objective": {"name": "simclr", "hidden": 16, "output": 8},
+    "backbone": {"name": "test_resnet"},
+    "train": {"epochs": 1, "batch": 48},
+    "evaluate": [{"name": "knn", "target": "disease", "by": ["scanner"], "resamples": 50}],
+    "hardware": {"accelerator": "cpu"},
+}
+
+
+def job(runs: Path, **changes: Any) -> Pipeline:
+    """The tiny recipe with whole sections merged in."""
+    content = json.loads(json.dumps(TINY))
+    for section, value in changes.items():
+        below = content.get(section)
+        renamed = isinstance(value, dict) and "name" in value and isinstance(below, dict)
+        if (
+            isinstance(value, dict)
+            and isinstance(below, dict)
+            and not (renamed and value["name"] != below["name"])
+        ):
+            content[section] |= value
+        else:
+            content[section] = value
+    return Pipeline(parse_recipe(content, "tiny"), runs, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = job(tmp_path_factory.mktemp("runs"))
+    pipeline.run()
+    return pipeline
+
+
+def test_a_run_leaves_what_a_person_looks_for(done: Pipeline) -> None:
+    assert load_recipe(done.folder / "recipe.yaml") == done.recipe
+    environment = json.loads((done.folder / "environment.json").read_text())
+    assert environment["data_fingerprint"] == done.table.fingerprint
+    assert environment["libraries"]["torch"] == metadata.version("torch")
+    assert {"commit", "dirty"} == set(environment["git"])
+    lines = [json.loads(line) for line in done.metrics_path.read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    (result,) = json.loads((done.folder / "knn-disease.json").read_text())
+    assert set(result["groups"]["scanner"]["table"]) == {"A", "B", "C", "D"}
+    assert result["data"]["fingerprint"] == done.table.fingerprint
+
+
+def test_a_second_run_reuses_every_stage(done: Pipeline) -> None:
+    again = job(done.runs)
+    again.run()
+    assert len(again.used) == len(done.used) == 6
+    assert all(record["reused"] for record in again.used.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "remade"),
+    [
+        ({"data": {"seed": 1}}, {"table", "generator", "bank", "encoder", "features", "evaluation"}),
+        ({"generator": {"beta": 2.0}}, {"generator", "bank", "encoder", "features", "evaluation"}),
+        ({"bank": {"do": {"scanner": ["A", "B"]}}}, {"bank", "encoder", "features", "evaluation"}),
+        ({"train": {"epochs": 1, "batch": 48, "lr": 0.1}}, {"encoder", "features", "evaluation"}),
+        ({"views": {"geometry": {"rotation": 5}}}, {"encoder", "features", "evaluation"}),
+        ({"backbone": {"name": "resnet18"}}, {"encoder", "features", "evaluation"}),
+        ({"evaluate": [{"name": "knn", "target": "sex"}]}, {"evaluation"}),
+        ({"name": "another"}, set()),
+        ({"hardware": {"accelerator": "cpu", "workers": 2}}, set()),
+    ],
+)
+def test_a_change_remakes_its_stage_and_all_that_follow_and_nothing_else(
+    done: Pipeline, change: dict[str, Any], remade: set[str]
+) -> None:
+    changed = job(done.runs, **change)
+    assert {stage.name for stage in changed.stages() if not stage.done} == remade
+
+
+def test_training_stopped_in_the_middle_goes_on_to_the_same_weights(done: Pipeline, tmp_path: Path) -> None:
+    from cfssl.engine.loop import fit
+
+    interrupted = job(tmp_path)
+    objective = interrupted.new_objective()
+    run = Run(interrupted.encoder_stage.folder, HardwareSettings(accelerator="cpu"), quiet=True, stop_at=2)
+    assert not fit(objective, interrupted.view_data(), interrupted.recipe.train, run, "x")
+    resumed = job(tmp_path)
+    state, expected = resumed.objective.state_dict(), done.objective.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_the_bank_holds_what_the_generator_makes_and_the_real_image_first(done: Pipeline) -> None:
+    bank, table = done.bank, done.table
+    np.testing.assert_array_equal(
+        bank.gather(np.arange(5), np.zeros(5, int)), table.images.read(bank.rows[:5])
+    )
+    factual = table.encode(("scanner",), bank.rows)["scanner"].numpy()
+    for slot in range(4):
+        np.testing.assert_array_equal(bank.available[:, slot + 1], factual != slot)
+
+
+def test_features_are_those_of_the_encoder_in_eval_mode(done: Pipeline) -> None:
+    images = torch.from_numpy(done.table.images.read(np.arange(4)).astype(np.float32) / 255)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            done.encoder.eval()(images).numpy(), np.array(done.features[:4]), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_the_export_is_the_trained_encoder(done: Pipeline, tmp_path: Path) -> None:
+    done.export(tmp_path / "encoder")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0).eval()
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), done.encoder.eval()(images))
+
+
+def test_a_bank_that_lost_a_shard_is_named_and_mended(done: Pipeline, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(done.runs, tmp_path / "runs")
+    broken = job(tmp_path / "runs")
+    shard = broken.bank_stage.folder / "bank" / "shard-00000.npy"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00000\.npy is missing"):
+        broken.bank  # noqa: B018
+    broken.build_bank(broken.bank_stage.folder)
+    assert shard.read_bytes() == content
+    assert len(broken.bank) == len(done.bank)
+
+
+def test_a_stage_whose_product_was_deleted_is_made_again(done: Pipeline, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(done.runs, tmp_path / "runs")
+    again = job(tmp_path / "runs")
+    again.encoder_stage.product.unlink()
+    assert {stage.name for stage in again.stages() if not stage.done} == {"encoder"}
+    state, expected = again.objective.state_dict(), done.objective.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_a_recipe_that_does_not_fit_the_table_is_refused_before_the_run_folder_exists(tmp_path: Path) -> None:
+    wrong = job(
+        tmp_path,
+        generator={"parents": ["scanner", "weight"]},
+        evaluate=[{"name": "knn", "target": "diseas", "by": ["age"]}],
+        backbone={"name": "resnet_18"},
+    )
+    with pytest.raises(UserError, match="does not fit the table") as caught:
+        wrong.run()
+    message = str(caught.value)
+    assert "generator.parents = 'weight': no such attribute" in message
+    assert "did you mean 'disease'?" in message
+    assert "evaluate[0].by = 'age': is continuous" in message
+    assert "resnet18" in message
+    assert not wrong.folder.exists()
+
+
+def test_the_real_only_pipeline_and_the_supervised_one_run(tmp_path: Path) -> None:
+    plain = job(tmp_path, generator=None, bank={"do": {}}, views={"counterfactual": None})
+    assert plain.generator_stage is None
+    assert plain.bank.views == ()
+    frame = plain.table.frame
+    assert len(plain.bank) == (frame["split"] == "train").sum()
+    supervised = job(
+        tmp_path,
+        generator=None,
+        bank={"do": {}},
+        views={"counterfactual": None, "count": 1},
+        objective={"name": "supervised", "target": "scanner"},
+        evaluate=[],
+    )
+    assert "head.weight" in supervised.objective.state_dict()
+
+
+def test_a_table_with_missing_targets_trains_on_what_is_known(tmp_path: Path) -> None:
+    rng = numpy_generator(0)
+    images = (rng.random((120, 64, 64)) * 255).astype(np.uint8)
+    label = np.array(["a", "b", ""])[rng.integers(0, 3, 120)]
+    np.savez(tmp_path / "t.npz", images=images)
+    pd.DataFrame({"label": label, "patient": np.arange(120) // 2}).to_csv(tmp_path / "t.csv", index=False)
+    content = {
+        "name": "known",
+        "data": {
+            "name": "table",
+            "root": str(tmp_path),
+            "path": "t.npz",
+            "group": "patient",
+            "attributes": {"label": {"kind": "binary"}},
+            "split": {"fractions": [0.6, 0.2, 0.2]},
+        },
+        "views": {"count": 1},
+        "objective": {"name": "supervised", "target": "label"},
+        "backbone": {"name": "test_resnet"},
+        "train": {"epochs": 1, "batch": 16},
+        "evaluate": [{"name": "linear_probe", "target": "label", "by": ["label"], "resamples": 20}],
+        "hardware": {"accelerator": "cpu"},
+    }
+    pipeline = Pipeline(parse_recipe(content, "known"), tmp_path / "runs", quiet=True)
+    (result,) = pipeline.run()
+    known = pipeline.table.rows("test", known=("label",))
+    assert result["n"] == len(known) < len(pipeline.table.rows("test"))
+    assert result["groups"]["label"]["table"]["a"]["auc"]["value"] is None
+    assert len(pipeline.view_data().source) == len(pipeline.table.rows("train", known=("label",)))
+
+
+def test_wandb_receives_the_metrics_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracked = job(
+        tmp_path,
+        generator=None,
+        bank={"do": {}},
+        views={"counterfactual": None},
+        evaluate=[],
+        track="wandb",
+        train={"epochs": 1, "batch": 48, "log_every": 1},
+    )
+    tracked.objective  # noqa: B018  trains
+    (folder,) = tracked.encoder_stage.folder.glob("wandb/offline-run-*")
+    assert list(folder.glob("run-*.wandb"))
+    assert len(tracked.metrics_path.read_text().splitlines()) == 3

@@ -1,0 +1,133 @@
+"""Recipes: every mistake at once with path, value and nearest name; bases; every shipped recipe is valid;
+every key acts."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfssl.errors import UserError
+from cfssl.recipe import Recipe, load_recipe, parse_recipe, write_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = """
+name: small
+data: {name: phantom_chest, count: 400}
+generator: {name: oracle, parents: [scanner]}
+bank: {do: {scanner: all}}
+views: {counterfactual: {variable: scanner}}
+"""
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(file: Path) -> None:
+    assert load_recipe(file).name
+    assert file.read_text().startswith(f"# cfssl run recipes/{file.name}")
+
+
+def test_five_mistakes_are_reported_together(tmp_path: Path) -> None:
+    text = """
+name: broken
+data: {name: phantom_chest, cuont: 400}
+objective: {name: simclr, temperature: -1}
+train: {epochs: many, lr: 0.1}
+backbone: {name: "None"}
+evaluate: [{name: linear_prob, target: disease}]
+"""
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, text))
+    message = str(caught.value)
+    assert "has 5 mistake(s)" in message
+    assert "data.cuont = 400: unknown key; did you mean 'count'?" in message
+    assert "objective.temperature = -1: input should be greater than 0" in message
+    assert "train.epochs = 'many': input should be a valid integer" in message
+    assert "backbone.name = 'None': write null for nothing" in message
+    assert "evaluate[0].name = 'linear_prob'" in message
+    assert "did you mean 'linear_probe'?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.name=simclrr", "objective.name = 'simclrr': unknown name; did you mean 'simclr'?"),
+        ("data.name=phantom_chset", "did you mean 'phantom_chest'?"),
+        ("train.epcohs=3", "train.epcohs = 3: unknown key; did you mean 'epochs'?"),
+        ("views.counterfactual.view=5", "names view 5, but the views are 0..1"),
+        ("views.counterfactual.variable=sex", "is 'sex', but bank.do intervenes on ['scanner']"),
+        ("views.count=3", "simclr takes 2 views, but views.count is 3"),
+        ("train.accumulate=3", "train.batch (256) is not a multiple of train.accumulate (3)"),
+        ("generator=null", "there is no generator"),
+        ("bank.do={}", "bank.do is empty"),
+        ("bank.do={age: [40.0]}", "not among the generator's variables ['scanner']"),
+        ("views.photometric.blur_sigma=[2,1]", "must not be above the second"),
+        ("name=a b", "name = 'a b'"),
+    ],
+)
+def test_each_impossible_setting_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError, match="mistake") as caught:
+        load_recipe(write(tmp_path, SMALL), [override])
+    assert expected in str(caught.value)
+
+
+def test_overrides_reach_nested_keys_and_lists(tmp_path: Path) -> None:
+    overrides = ["train.lr=1e-4", "views.counterfactual.view=[0,1]", "views.counterfactual.shared=true"]
+    recipe = load_recipe(write(tmp_path, SMALL), overrides)
+    assert recipe.train.lr == 1e-4
+    assert recipe.views.counterfactual is not None
+    assert recipe.views.counterfactual.view == (0, 1)
+    with pytest.raises(UserError, match=r"'train' is not of the form key\.path=value"):
+        load_recipe(write(tmp_path, SMALL), ["train"])
+
+
+def test_a_base_is_inherited_and_a_renamed_section_is_replaced_whole(tmp_path: Path) -> None:
+    write(tmp_path, SMALL + "objective: {name: simclr, temperature: 0.3}\n", "base.yaml")
+    child = write(tmp_path, "base: base.yaml\nname: child\ntrain: {epochs: 3}\n", "child.yaml")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.train.epochs, recipe.data.count) == ("child", 3, 400)  # type: ignore[union-attr]
+    assert recipe.objective.temperature == 0.3  # type: ignore[union-attr]
+    other = write(
+        tmp_path, "base: child.yaml\nname: o\nobjective: {name: supervised, target: disease}\n", "other.yaml"
+    )
+    assert load_recipe(other).objective.name == "supervised"
+
+
+def test_a_circle_of_bases_and_missing_files_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    write(tmp_path, "base: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="circle"):
+        load_recipe(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=r"did you mean a\.yaml\?"):
+        load_recipe(tmp_path / "aa.yaml")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(write(tmp_path, "name: [", "bad.yaml"))
+    with pytest.raises(UserError, match="not sections"):
+        load_recipe(write(tmp_path, "- a\n", "list.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_resolved_recipe_reads_back_as_the_same_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    write_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["name", "data", "train", "views", "x"]), st.none() | st.integers() | st.text()
+    )
+)
+def test_nonsense_is_one_error_never_a_crash(content: dict) -> None:
+    with pytest.raises(UserError, match="mistake"):
+        parse_recipe(content, "nonsense")
+
+
+def test_the_schema_names_every_section() -> None:
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert "PhantomChestSettings" in schema["$defs"]

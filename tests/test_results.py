@@ -1,0 +1,42 @@
+"""Published figures: README equals the result files, and every result file is complete."""
+
+from pathlib import Path
+
+import pytest
+import readme
+
+from cfssl.files import read_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_what_the_result_files_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert readme.rewritten(text) == text, "run python benchmarks/readme.py"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_result_names_its_script_machine_protocol_and_seeds(path: Path) -> None:
+    record = read_json(path)
+    assert (ROOT / "benchmarks" / f"{record['benchmark']}.py").exists()
+    assert path.with_suffix(".md").exists()
+    for key in ("commit", "machine", "date", "command", "minutes", "seeds", "protocol", "figures"):
+        assert record[key] not in (None, "", {}), key
+    for name, figure in record["figures"].items():
+        assert set(figure) >= {"value", "low", "high", "unit", "seeds"}, name
+        if figure["low"] is not None:
+            assert figure["low"] <= figure["value"] <= figure["high"], name
+
+
+def test_committed_recipes_and_docs_name_no_machine() -> None:
+    for file in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("recipes/*.yaml"),
+        *ROOT.glob("benchmarks/**/*.md"),
+    ]:
+        text = file.read_text()
+        assert "/home/" not in text, file
+        assert "/root/" not in text, file
