@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from pydantic import ValidationError
 from hypothesis import given, reject
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cfssl.data.splits import SplitSettings, assign_splits
 from cfssl.data.table import SPLITS, Attribute
