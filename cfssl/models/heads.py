@@ -15,11 +15,14 @@ def seeded(build: Callable[[], nn.Module], seed: int, name: str) -> nn.Module:
         return build()
 
 
-def simclr_head(features: int, hidden: int, output: int, seed: int) -> nn.Module:
-    """(B, features) -> (B, output): two layers with batch normalisation (Chen et al. 2020, section 4.2)."""
+def simclr_head(features: int, hidden: int, output: int, batch_norm: bool, seed: int) -> nn.Module:
+    """(B, features) -> (B, output): two layers (Chen et al. 2020, section 4.2); `batch_norm` follows both of
+    them, as in the code of that paper."""
     from lightly.models.modules import SimCLRProjectionHead
 
-    return seeded(lambda: SimCLRProjectionHead(features, hidden, output), seed, "simclr_head")
+    return seeded(
+        lambda: SimCLRProjectionHead(features, hidden, output, batch_norm=batch_norm), seed, "simclr_head"
+    )
 
 
 def linear_head(features: int, classes: int, seed: int) -> nn.Module:

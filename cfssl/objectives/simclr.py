@@ -24,12 +24,19 @@ from cfssl.settings import STRICT, Count, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class SimCLRSettings:
-    """`temperature` is tau; `hidden` and `output` are the widths of the projection head."""
+    """`temperature` is tau; `hidden` and `output` are the widths of the projection head.
+
+    `batch_norm`: normalise behind both of its layers, as SimCLR's code does; the counterfactual papers' head
+    has none. Behind the last layer it forces every output to vary within the batch, and what varies most at
+    first is the scanner: with counterfactual pairs the loss then stands above that of chance for some hundred
+    steps.
+    """
 
     name: Literal["simclr"] = "simclr"
     temperature: Positive = 0.1
     hidden: Count = 512
     output: Count = 128
+    batch_norm: bool = False
 
 
 class SimCLR(nn.Module):
@@ -43,7 +50,9 @@ class SimCLR(nn.Module):
         from lightly.loss import NTXentLoss
 
         self.student = encoder
-        self.head = simclr_head(feature_size(encoder), settings.hidden, settings.output, seed)
+        self.head = simclr_head(
+            feature_size(encoder), settings.hidden, settings.output, settings.batch_norm, seed
+        )
         self.loss = NTXentLoss(temperature=settings.temperature, gather_distributed=True)
 
     def forward(self, batch: ViewBatch, step: int) -> dict[str, torch.Tensor]:

@@ -53,6 +53,13 @@ def test_the_loss_is_the_definition_at_the_configured_temperature(temperature: f
         assert float(objective(batch_of(IMAGES), 0)["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_head_has_batch_normalisation_behind_both_layers_or_none(batch_norm: bool) -> None:
+    objective = SimCLR(encoder(), SimCLRSettings(hidden=32, output=16, batch_norm=batch_norm), seed=0)
+    normalised = [m.num_features for m in objective.head.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    assert normalised == ([32, 16] if batch_norm else [])
+
+
 def test_the_order_of_the_two_views_is_immaterial() -> None:
     objective = SimCLR(encoder(), SimCLRSettings(hidden=32, output=16), seed=0).eval()
     with torch.no_grad():
