@@ -26,17 +26,15 @@ from cfssl.settings import STRICT, Count, Positive
 class SimCLRSettings:
     """`temperature` is tau; `hidden` and `output` are the widths of the projection head.
 
-    `batch_norm`: normalise behind both of its layers, as SimCLR's code does; the counterfactual papers' head
-    has none. Behind the last layer it forces every output to vary within the batch, and what varies most at
-    first is the scanner: with counterfactual pairs the loss then stands above that of chance for some hundred
-    steps.
+    `batch_norm`: normalise behind both of its layers, as SimCLR's own code does; the head of the
+    counterfactual papers has none.
     """
 
     name: Literal["simclr"] = "simclr"
     temperature: Positive = 0.1
     hidden: Count = 512
     output: Count = 128
-    batch_norm: bool = False
+    batch_norm: bool = True
 
 
 class SimCLR(nn.Module):
