@@ -19,8 +19,9 @@ BORDERS = {"constant": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
 
 @dataclass(frozen=True, config=STRICT)
 class GeometrySettings:
-    """`crop_scale`: share of the source area; `crop_ratio`: aspect ratio of the crop relative to the source's
-    (log-uniform); `rotation`: largest angle in degrees, either way; flips: probabilities."""
+    """`crop_scale`: share of the source area, uniform and exact; `crop_ratio`: aspect ratio of the crop
+    relative to the source's, log-uniform over what fits at that area; `rotation`: largest angle in degrees,
+    either way; flips: probabilities."""
 
     crop_scale: Range = (0.3, 1.0)
     crop_ratio: Range = (0.75, 4 / 3)
@@ -39,9 +40,10 @@ def sample_affines(
     outside is marked by `valid_mask`.
     """
     area = rng.uniform(*settings.crop_scale, size=count)
-    low, high = (math.log(ratio) for ratio in settings.crop_ratio)
-    ratio = np.exp(rng.uniform(low, high, size=count))
-    half_width = np.minimum(np.sqrt(area * ratio), 1.0)
+    # Neither side may exceed the source's: sqrt(area ratio) <= 1 and sqrt(area / ratio) <= 1.
+    low, high = (np.clip(math.log(ratio), np.log(area), -np.log(area)) for ratio in settings.crop_ratio)
+    ratio = np.exp(rng.uniform(low, high))
+    half_width = np.minimum(np.sqrt(area * ratio), 1.0)  # cuts rounding only
     half_height = np.minimum(np.sqrt(area / ratio), 1.0)
     centre_x = rng.uniform(-1, 1, size=count) * (1 - half_width)
     centre_y = rng.uniform(-1, 1, size=count) * (1 - half_height)

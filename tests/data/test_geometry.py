@@ -93,7 +93,31 @@ def test_flips_and_areas_have_the_stated_frequencies() -> None:
     affines = sample_affines(numpy_generator(5), 20_000, settings, 1.0)
     assert (affines[:, 0, 0] < 0).mean() == pytest.approx(0.3, abs=0.012)
     assert (affines[:, 1, 1] < 0).mean() == pytest.approx(0.1, abs=0.012)
-    area = np.abs(np.linalg.det(affines[:, :, :2]))
+    area = areas(affines)
     assert area.min() >= 0.25
     assert area.max() <= 0.5
     assert area.mean() == pytest.approx(0.375, abs=0.003)
+
+
+def areas(affines: np.ndarray) -> np.ndarray:
+    """Share of the source that each view shows."""
+    return np.abs(np.linalg.det(affines[:, :, :2]))
+
+
+@pytest.mark.parametrize("area", [0.3, 0.8, 1.0])
+def test_the_area_of_a_crop_is_exact_whatever_ratios_fit(area: float) -> None:
+    affines = sample_affines(numpy_generator(6), 1000, GeometrySettings(crop_scale=(area, area)), 0.7)
+    np.testing.assert_allclose(areas(affines), area, rtol=1e-12)
+
+
+def test_the_default_ratios_are_log_uniform_over_what_fits_at_the_area() -> None:
+    def log_ratios(area: float, **ratio: tuple[float, float]) -> np.ndarray:
+        settings = GeometrySettings(crop_scale=(area, area), **ratio)
+        affines = sample_affines(numpy_generator(7), 20_000, settings, 1.0)
+        return np.log(np.abs(affines[:, 0, 0] / affines[:, 1, 1]))
+
+    for area, limit in [(0.3, 4 / 3), (0.9, 1 / 0.9)]:
+        quantiles = np.quantile(log_ratios(area) / np.log(limit), [0, 0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(quantiles, [-1, -0.5, 0, 0.5, 1], atol=0.03)
+    # a ratio that fits nowhere gives way to the nearest that does
+    np.testing.assert_allclose(log_ratios(0.8, crop_ratio=(2, 3)), -np.log(0.8), rtol=1e-9)
