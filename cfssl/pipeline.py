@@ -168,6 +168,7 @@ class Pipeline:
         self._finish(self.table_stage, make)
         table = open_dataset(settings, self.table_stage.folder / "table")
         check_against_table(self.recipe, table)
+        check_view_plan(self.recipe, table)
         return table
 
     @cached_property
@@ -225,8 +226,17 @@ class Pipeline:
             source = bank.subset(self.table.rows("train", known=names))
         attributes = self.table.encode(names, source.rows)
         train = recipe.train
+        plan = recipe.views.counterfactual
+        categories = self.table.attributes[plan.variable].categories if plan is not None else ()
         return ViewData(
-            source, recipe.views, train.batch, train.epochs, train.seed, train.accumulate, attributes
+            source,
+            recipe.views,
+            train.batch,
+            train.epochs,
+            train.seed,
+            train.accumulate,
+            attributes,
+            categories,
         )
 
     def new_objective(self) -> nn.Module:
@@ -348,6 +358,16 @@ class Pipeline:
 
     def _record(self, stage: Stage, reused: bool) -> dict[str, Any]:
         return {"stage": stage.name, "folder": str(stage.folder), "reused": reused}
+
+
+def check_view_plan(recipe: Recipe, table: ImageTable) -> None:
+    """Raises `UserError` when the bank of `recipe` will not hold what its view plan asks for; before it is
+    built."""
+    plan = recipe.views.counterfactual
+    if plan is None:
+        return
+    categories, values = table.attributes[plan.variable].categories, recipe.bank.do[plan.variable]
+    plan.chance(categories if values == "all" else [str(value) for value in values], categories)
 
 
 def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:

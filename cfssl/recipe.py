@@ -85,6 +85,13 @@ class Recipe(BaseModel):
                 )
         if isinstance(self.objective, SimCLRSettings) and self.views.count != 2:
             found.append(f"objective simclr takes 2 views, but views.count is {self.views.count}")
+        if isinstance(self.objective, SimCLRSettings) and self.train.accumulate > 1:
+            part = self.train.batch // self.train.accumulate
+            found.append(
+                f"train.accumulate is {self.train.accumulate}, but objective simclr compares the images of a "
+                f"micro-batch with each other, {part} instead of the {self.train.batch} of train.batch; set "
+                "train.accumulate: 1 and choose train.batch to fit the memory"
+            )
         for path, train in (
             ("train", self.train),
             ("generator.train", getattr(self.generator, "train", None)),

@@ -186,6 +186,25 @@ def test_a_recipe_that_does_not_fit_the_table_is_refused_before_the_run_folder_e
     assert not wrong.folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ({}, r"the bank holds \['A', 'B'\] and its categories are \['A', 'B', 'C', 'D'\]"),
+        ({"probability": 1, "target": {"C": 1}}, r"target names \['C'\], but the bank's values"),
+    ],
+)
+def test_a_view_plan_the_bank_will_not_serve_is_refused_before_anything_is_trained(
+    tmp_path: Path, plan: dict[str, Any], expected: str
+) -> None:
+    views = {"counterfactual": {"variable": "scanner", **plan}}
+    with pytest.raises(UserError, match=expected):
+        job(tmp_path, bank={"do": {"scanner": ["A", "B"]}}, views=views).table  # noqa: B018
+
+
+def test_the_plan_draws_from_the_categories_of_the_table(done: Pipeline) -> None:
+    assert done.view_data().plan.probability == 1 - 1 / 4
+
+
 def test_the_real_only_pipeline_and_the_supervised_one_run(tmp_path: Path) -> None:
     plain = job(tmp_path, generator=None, bank={"do": {}}, views={"counterfactual": None})
     assert plain.generator_stage is None

@@ -62,6 +62,13 @@ evaluate: [{name: linear_prob, target: disease}]
         ("views.counterfactual.variable=sex", "is 'sex', but bank.do intervenes on ['scanner']"),
         ("views.count=3", "simclr takes 2 views, but views.count is 3"),
         ("train.accumulate=3", "train.batch (256) is not a multiple of train.accumulate (3)"),
+        ("train.accumulate=4", "train.accumulate is 4, but objective simclr compares"),
+        ("views.counterfactual.view=[]", "view is []; name at least one view"),
+        ("views.counterfactual.view=[1,1]", "view is [1, 1]; name at least one view, and each once"),
+        ("views.counterfactual.shared=true", "shared acts on several views, and view names 1 alone"),
+        ("views.counterfactual.target={}", "target is {}; give at least one value a weight above 0"),
+        ("views.counterfactual.target={A: 0.0}", "give at least one value a weight above 0"),
+        ("views.counterfactual.target={A: 1.0}", "probability balanced makes the domains uniform"),
         ("generator=null", "there is no generator"),
         ("bank.do={}", "bank.do is empty"),
         ("bank.do={age: [40.0]}", "not among the generator's variables ['scanner']"),
@@ -73,6 +80,11 @@ def test_each_impossible_setting_is_named(tmp_path: Path, override: str, expecte
     with pytest.raises(UserError, match="mistake") as caught:
         load_recipe(write(tmp_path, SMALL), [override])
     assert expected in str(caught.value)
+
+
+def test_accumulation_is_for_objectives_that_average_over_images(tmp_path: Path) -> None:
+    supervised = ["objective={name: supervised, target: disease}", "train.accumulate=4"]
+    assert load_recipe(write(tmp_path, SMALL), supervised).train.accumulate == 4
 
 
 def test_overrides_reach_nested_keys_and_lists(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ al. 2024, 2025):
 | SimCLR+   | view: [0, 1], shared: true, probability p | counterfactual w.p. p| the same as view 0   |
 
 p = 1 - 1/D with a uniform target makes the marginal domain of the counterfactual view uniform ("balanced").
+D counts the categories of the attribute, and the bank has to hold all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from cfssl.data.augment import Photometric, PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed, numpy_generator
-from cfssl.settings import STRICT, Count, Probability
+from cfssl.settings import STRICT, Count, NonNegative, Probability
 
 
 @plain_dataclass(frozen=True)
@@ -70,15 +71,52 @@ def _as_tuple(value: Any) -> Any:
 @dataclass(frozen=True, config=STRICT)
 class CounterfactualPlan:
     """`variable`: the attribute intervened on. `view`: which views are counterfactual. `probability`: of
-    being so, or "balanced" = 1 - 1/D. `target`: "uniform" over the other values, or weights by value (own
-    value excluded, renormalised). `shared`: all named views show the same image (SimCLR+); otherwise each
-    draws its own target."""
+    being so, or "balanced" = 1 - 1/D for a uniform target. `target`: "uniform" over the other values, or
+    weights by value (own value excluded, renormalised). `shared`: all named views show the same image
+    (SimCLR+); otherwise each draws its own target."""
 
     variable: str
     view: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)] = (1,)
     probability: Probability | Literal["balanced"] = "balanced"
-    target: Literal["uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "uniform"
+    target: Literal["uniform"] | dict[str, NonNegative] = "uniform"
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.view or len(set(self.view)) < len(self.view):
+            raise ValueError(f"view is {list(self.view)}; name at least one view, and each once")
+        if self.shared and len(self.view) == 1:
+            raise ValueError(f"shared acts on several views, and view names {self.view[0]} alone")
+        if self.target == "uniform":
+            return
+        if not any(self.target.values()):
+            raise ValueError(f"target is {self.target}; give at least one value a weight above 0")
+        if self.probability == "balanced":
+            raise ValueError(
+                "probability balanced makes the domains uniform, and target weights do not; give it a number"
+            )
+
+    def chance(self, held: Sequence[str], categories: Sequence[str]) -> float:
+        """p, given the values of the variable that the bank holds and the categories of the attribute.
+
+        Raises `UserError` for target values that the bank does not hold, and for "balanced" unless it holds
+        every category.
+        """
+        unknown = [] if self.target == "uniform" else sorted(set(self.target) - set(held))
+        if unknown:
+            raise UserError(
+                f"views.counterfactual.target names {unknown}, but the bank's values of {self.variable} are "
+                f"{sorted(held)}; correct it or add them to bank.do."
+            )
+        if self.probability != "balanced":
+            return self.probability
+        if not categories or set(held) != set(categories):
+            found = f"its categories are {list(categories)}" if categories else "it has no categories"
+            raise UserError(
+                "views.counterfactual.probability is balanced, which needs every category of "
+                f"{self.variable} in the bank; the bank holds {sorted(held)} and {found}. Set bank.do: "
+                f"{{{self.variable}: all}}, or give probability a number."
+            )
+        return 1 - 1 / len(categories)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -137,12 +175,19 @@ class ViewSource(Protocol):
 class SlotPlan:
     """The stored image that each view shows, drawn by a `CounterfactualPlan`; all real without one."""
 
-    def __init__(self, source: ViewSource, views: int, plan: CounterfactualPlan | None) -> None:
+    def __init__(
+        self,
+        source: ViewSource,
+        views: int,
+        plan: CounterfactualPlan | None,
+        categories: Sequence[str] = (),
+    ) -> None:
+        """`categories`: of the plan's variable. Raises `UserError` when the source cannot serve the plan."""
         self.views, self.plan = views, plan
         if plan is None:
             return
         values = {
-            slot: view[plan.variable]
+            slot: str(view[plan.variable])
             for slot, view in enumerate(source.views, 1)
             if set(view) == {plan.variable}
         }
@@ -153,20 +198,12 @@ class SlotPlan:
                 "bank.do."
             )
         self.slots = np.array(list(values))
-        weights = {str(value): 1.0 for value in values.values()} if plan.target == "uniform" else plan.target
-        unknown = set(weights) - {str(value) for value in values.values()}
-        if unknown:
-            known = sorted(str(value) for value in values.values())
-            raise UserError(
-                f"views.counterfactual.target names {sorted(unknown)}, but the bank's values of "
-                f"{plan.variable} are {known}."
-            )
+        self.probability = plan.chance(list(values.values()), categories)
         # (N, K'): weight of every available target; a row's own value is not available as a counterfactual.
-        self.weights = source.available[:, self.slots] * np.array(
-            [weights.get(str(value), 0.0) for value in values.values()]
-        )
-        domains = len(values)
-        self.probability = 1 - 1 / domains if plan.probability == "balanced" else plan.probability
+        weights = [
+            1.0 if plan.target == "uniform" else plan.target.get(value, 0.0) for value in values.values()
+        ]
+        self.weights = source.available[:, self.slots] * np.array(weights)
 
     def draw(self, rng: np.random.Generator, items: np.ndarray) -> np.ndarray:
         """Slots (B, V) of the items; an item without any available target shows its real image."""
@@ -192,8 +229,9 @@ class ViewData:
     """Step data for the training loop: `data[step]` is the list of `accumulate` ViewBatches of that step.
 
     Everything is a pure function of (seed, step): each epoch is a seeded permutation cut into full batches
-    (the remainder is left out), and plan, geometry and look are drawn from seeds of their own, per item, so
-    that cutting a batch into micro-batches changes nothing.
+    (the remainder is left out), and plan, geometry and look are drawn from seeds of their own for the whole
+    batch, so that micro-batches are the same views, cut. What an objective makes of them is another matter:
+    one that compares the images of a batch with each other, or normalises over them, sees micro-batches only.
     """
 
     def __init__(
@@ -205,9 +243,11 @@ class ViewData:
         seed: int,
         accumulate: int = 1,
         attributes: Mapping[str, torch.Tensor] | None = None,
+        categories: Sequence[str] = (),
     ) -> None:
-        """`attributes`: factual values (N,) of the source's items. Raises `UserError` when an epoch has no
-        full batch."""
+        """`attributes`: factual values (N,) of the source's items. `categories`: of the variable that the
+        view plan intervenes on. Raises `UserError` when an epoch has no full batch or the source cannot serve
+        the plan."""
         if len(source) < batch:
             raise UserError(
                 f"train.batch is {batch}, but only {len(source)} images can be trained on; lower train.batch."
@@ -217,7 +257,7 @@ class ViewData:
         self.source, self.settings, self.batch, self.accumulate = source, settings, batch, accumulate
         self.epochs, self.seed = epochs, seed
         self.attributes = dict(attributes or {})
-        self.plan = SlotPlan(source, settings.count, settings.counterfactual)
+        self.plan = SlotPlan(source, settings.count, settings.counterfactual, categories)
         self.photometric = Photometric(settings.photometric)
         self.steps_per_epoch = len(source) // batch
         self._epoch: tuple[int, np.ndarray] | None = None

@@ -44,9 +44,9 @@ class StepData(Protocol):
 @dataclass(frozen=True, config=STRICT)
 class TrainSettings:
     """AdamW with linear warm-up and cosine decay. `batch` images per optimiser step, in `accumulate` equal
-    micro-batches. `warmup`: share of all steps. Weight decay spares biases and norm scales. `clip`: maximal
-    gradient norm. `skip_factor`: skip steps whose norm exceeds this many running medians (see guard.py).
-    `seed`: of weights, order, views and noise."""
+    micro-batches whose gradients are averaged. `warmup`: share of all steps. Weight decay spares biases and
+    norm scales. `clip`: maximal gradient norm. `skip_factor`: skip steps whose norm exceeds this many running
+    medians (see guard.py). `seed`: of weights, order, views and noise."""
 
     epochs: Count = 50
     batch: Count = 256

@@ -39,7 +39,7 @@ def draws(plan: CounterfactualPlan | None, views: int = 2) -> tuple[np.ndarray, 
     """Slots (50,000, V) and the factual domain of each draw."""
     source = MemorySource()
     items = np.arange(50_000) % 400
-    return SlotPlan(source, views, plan).draw(numpy_generator(0), items), source.domain[items]
+    return SlotPlan(source, views, plan, DOMAINS).draw(numpy_generator(0), items), source.domain[items]
 
 
 def test_cf_simclr_keeps_view_0_real_and_draws_the_other_domains_uniformly() -> None:
@@ -100,9 +100,26 @@ def test_a_plan_the_bank_cannot_serve_is_refused_with_what_it_holds() -> None:
     with pytest.raises(UserError, match=r"intervenes on 'sex', but the bank holds"):
         SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="sex"))
     with pytest.raises(UserError, match=r"target names \['Z'\]"):
-        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="scanner", target={"Z": 1.0}))
+        SlotPlan(
+            MemorySource(), 2, CounterfactualPlan(variable="scanner", probability=1.0, target={"Z": 1.0})
+        )
     with pytest.raises(ValueError, match="names view 2"):
         ViewSettings(counterfactual=CounterfactualPlan(variable="scanner", view=(2,)))
+
+
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        ((*DOMAINS, "F"), r"the bank holds \['A', 'B', 'C', 'D', 'E'\] and its categories are .*'F'\]"),
+        ((), "it has no categories"),
+    ],
+)
+def test_balanced_needs_every_category_in_the_bank(categories: tuple[str, ...], expected: str) -> None:
+    """With the values of the bank alone, one intervention would silently mean p = 0."""
+    with pytest.raises(UserError, match=rf"needs every category of scanner.*{expected}"):
+        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="scanner"), categories)
+    with_number = CounterfactualPlan(variable="scanner", probability=0.3)
+    assert SlotPlan(MemorySource(), 2, with_number, categories).probability == 0.3
 
 
 SETTINGS = ViewSettings(
@@ -152,6 +169,17 @@ def test_micro_batches_are_the_same_views_cut_in_four() -> None:
     assert [len(part) for part in parts] == [25] * 4
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
     assert torch.equal(torch.cat([part.slot for part in parts]), whole.slot)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(24, (24, 24)), (None, (48, 32))])
+def test_views_of_a_tall_image_are_square_at_a_stated_size_and_else_as_stored(
+    size: int | None, expected: tuple[int, int]
+) -> None:
+    source = MemorySource()
+    source.shape = (1, 48, 32)
+    batch = ViewData(source, ViewSettings(size=size), batch=10, epochs=1, seed=0)[0][0]
+    assert batch.images.shape == (10, 2, 1, *expected)
+    assert batch.valid.shape == (10, 2, *expected)
 
 
 def test_views_show_the_slot_they_name() -> None:

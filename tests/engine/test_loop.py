@@ -1,16 +1,21 @@
-"""The loop: resume is bitwise, accumulation changes nothing, bad states stop it."""
+"""The loop: resume is bitwise, accumulation keeps a mean over images as it is, bad states stop it."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from cfssl.data.views import ViewBatch, split
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import TrainSettings, fit, weight_decay_groups
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
+from cfssl.models.backbone import BackboneSettings, create_backbone
+from cfssl.objectives import create_objective
+from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.seeds import torch_generator
 
 CPU = HardwareSettings(accelerator="cpu")
@@ -92,6 +97,47 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     for name, value in one.state_dict().items():
         torch.testing.assert_close(four.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert four.steps_seen == 60  # once per optimiser step, not per micro-batch
+
+
+class Views:
+    """Two views of 16 images per step, whole or cut; the attribute is the brighter half."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, step: int) -> list[ViewBatch]:
+        images = torch.rand(16, 2, 1, 32, 32, generator=torch_generator("views", step))
+        whole = ViewBatch(
+            images=images,
+            is_counterfactual=torch.zeros(16, 2, dtype=torch.bool),
+            slot=torch.zeros(16, 2, dtype=torch.long),
+            affine=torch.eye(2, 3).expand(16, 2, 2, 3),
+            valid=torch.ones(16, 2, 32, 32, dtype=torch.bool),
+            attributes={"bright": (images[:, 0, 0, :, :16].mean((1, 2)) > 0.5).long()},
+            row=torch.arange(16),
+        )
+        return split(whole, self.parts)
+
+
+def test_a_supervised_network_without_batch_statistics_takes_the_step_of_the_whole_batch(
+    tmp_path: Path,
+) -> None:
+    def run(parts: int) -> tuple[nn.Module, list[dict[str, Any]]]:
+        encoder = create_backbone(BackboneSettings("test_vit"), channels=1, image_size=32, seed=0)
+        task = create_objective(SupervisedSettings(target="bright"), encoder, 2, 0)
+        settings = TrainSettings(lr=1e-3, clip=1e6, log_every=1)
+        fit(task, Views(parts), settings, Run(tmp_path / str(parts), CPU, quiet=True), "test")
+        return task, read_metrics(tmp_path / str(parts) / "metrics.jsonl")
+
+    (one, whole), (four, cut) = run(1), run(4)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(four.state_dict()[name], value, rtol=1e-3, atol=2e-5)
+    for name in ("loss", "accuracy", "gradient_norm"):  # the norm sees a wrong scale, which AdamW does not
+        found = [[line[name] for line in lines] for lines in (cut, whole)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_the_global_generator_is_left_as_it_was_and_does_not_matter(tmp_path: Path) -> None:
