@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from pydantic.dataclasses import dataclass
 
-from cfssl.data.table import Attribute, Kind, encode_column, nearest, quoted, texts
-from cfssl.errors import UserError
+from cfssl.data.table import Attribute, Kind, encode_column, texts
+from cfssl.errors import UserError, nearest, quoted
 from cfssl.settings import STRICT
 
 CONTINUOUS_FROM = 11  # numeric columns with fewer different whole numbers are grades, not measurements

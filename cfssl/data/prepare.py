@@ -22,8 +22,8 @@ from cfssl.data.columns import typed
 from cfssl.data.readers import ADVICE, BadImage, standardise, standardise_mask
 from cfssl.data.sources import Source, TableSource, load_source
 from cfssl.data.splits import SplitSettings, assign_splits
-from cfssl.data.table import FORMAT, Attribute, ImageTable, nearest
-from cfssl.errors import UserError
+from cfssl.data.table import FORMAT, Attribute, ImageTable
+from cfssl.errors import UserError, nearest
 from cfssl.files import fsync_directory, read_json, write_json
 from cfssl.provenance import fingerprint
 

@@ -27,8 +27,8 @@ from cfssl.data.readers import (
     suffix_of,
 )
 from cfssl.data.splits import SplitSettings
-from cfssl.data.table import SPLITS, Attribute, listed, nearest, quoted, texts
-from cfssl.errors import UserError
+from cfssl.data.table import SPLITS, Attribute, texts
+from cfssl.errors import UserError, listed, nearest, quoted
 
 TABLES = (".csv", ".parquet")
 

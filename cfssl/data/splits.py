@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cfssl.data.table import SPLITS, Attribute, listed, nearest, quoted, texts
-from cfssl.errors import UserError
+from cfssl.data.table import SPLITS, Attribute, texts
+from cfssl.errors import UserError, listed, nearest, quoted
 from cfssl.seeds import numpy_generator
 from cfssl.settings import STRICT
 

@@ -5,7 +5,6 @@ row per image), `images.npy` and perhaps `masks.npy`. `cfssl.data.prepare` write
 time independent of the number of images.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cfssl.errors import UserError
+from cfssl.errors import UserError, listed, nearest, quoted
 from cfssl.files import read_json
 
 Kind = Literal["categorical", "binary", "continuous"]
@@ -322,30 +321,3 @@ def texts(column: pd.Series) -> pd.Series:
         return str(value)
 
     return column.map(text, na_action="ignore").astype("str")
-
-
-def quoted(names: Iterable[Any], limit: int = 12) -> str:
-    """Names for a message: 'a', 'b', 'c', at most `limit` of them."""
-    known = [repr(name) for name in names]
-    return ", ".join(known[:limit]) + (f" and {len(known) - limit} more" if len(known) > limit else "")
-
-
-def nearest(name: str, known: Iterable[Any]) -> str:
-    """The tail of a message about an unknown name: the nearest known one, or all of them."""
-    names = [str(item) for item in known]
-    close = difflib.get_close_matches(name.lower(), [item.lower() for item in names], n=1, cutoff=0.6)
-    if close:
-        return f"; the nearest is {next(item for item in names if item.lower() == close[0])!r}"
-    return f"; it has {quoted(names)}" if names else "; it has none"
-
-
-def listed(rows: Iterable[Any], count: int | None = None) -> str:
-    """Rows for a message, counted from 0: "row 3" or "5 rows (3, 8, 9, ...)".
-
-    `count` is given when `rows` are only the first ones.
-    """
-    first = [str(row) for row in rows]
-    count = len(first) if count is None else count
-    if count == 1:
-        return f"row {first[0]}"
-    return f"{count} rows ({', '.join(first[:3])}{', ...' if count > 3 else ''})"

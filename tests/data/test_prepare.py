@@ -457,7 +457,7 @@ BAD: list[tuple[Any, Mapping[str, Any], str]] = [
     (
         None,
         {"attributes": {"sick": AttributeSpec("binary", positive=("akiec",), column="dx")}},
-        "names 'akiec', which its column never holds; it has 'nv', 'mel', 'bcc', 'df'",
+        "names 'akiec', which its column never holds; known are 'nv', 'mel', 'bcc', 'df'",
     ),
     (None, {"split": SplitSettings(column="splt")}, "no split column 'splt'"),
     (None, {"split": SplitSettings(fractions=(0.99, 0.009, 0.001))}, "'test' is empty"),

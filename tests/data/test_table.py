@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfssl.data.prepare import save_prepared
-from cfssl.data.table import Attribute, ImageTable, encode_column, listed, nearest, texts
+from cfssl.data.table import Attribute, ImageTable, encode_column, texts
 from cfssl.errors import UserError
 
 ATTRIBUTES = {
@@ -202,11 +202,3 @@ def test_whole_numbers_and_text_name_the_same_category() -> None:
     assert with_missing.isna().tolist() == [False, True, False]
     assert with_missing[2] == "2.5"
     assert texts(pd.Series([np.nan, np.nan])).isna().all()
-
-
-def test_messages_name_three_rows_and_the_nearest_name() -> None:
-    assert listed([7]) == "row 7"
-    assert listed([7, 8]) == "2 rows (7, 8)"
-    assert listed(range(9)) == "9 rows (0, 1, 2, ...)"
-    assert nearest("Scaner", ["scanner", "sex"]) == "; the nearest is 'scanner'"
-    assert nearest("zzz", ["scanner", "sex"]) == "; it has 'scanner', 'sex'"
