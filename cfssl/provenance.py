@@ -50,13 +50,23 @@ def code_version(*rooms: str) -> str:
     return fingerprint(trees)
 
 
-def git_state(folder: Path = PACKAGE) -> dict[str, Any]:
-    """Commit and whether the checkout differs from it; both null outside a git checkout."""
+def git_state(package: Path = PACKAGE) -> dict[str, Any]:
+    """Commit of the checkout that the package lies in, and whether it differs from it. Both null where there
+    is no git or the package is installed: a virtual environment inside another project's repository must not
+    report that project's commit."""
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *words], capture_output=True, text=True, check=False
+            )
+        except OSError:  # git is not installed
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or (Path(top) / package.name).resolve() != package.resolve():
+        return {"commit": None, "dirty": None}
     status = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
