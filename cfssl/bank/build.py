@@ -21,7 +21,7 @@ import torch
 from cfssl.bank.shards import Plan, View, begin, complete_shard, finish, view_checksum, write_shard
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.errors import UserError
-from cfssl.generators.base import Generator, counterfactual_attributes, intervention, to_signed, to_stored
+from cfssl.generators.base import Exogenous, Generator, intervention, to_signed, to_stored
 from cfssl.scm.graph import CausalGraph
 from cfssl.seeds import derive_seed, torch_generator
 
@@ -189,39 +189,37 @@ def _make_counterfactuals(
         chosen = changes.nonzero()[:, 0]
         if len(chosen) == 0:
             continue
-        pa_cf, seeds = _act(
-            generator,
-            _take(factual, chosen),
-            _take(do, chosen),
-            rows[places[chosen.numpy()]],
-            view,
-            plan.seed,
-        )
-        x = generator.predict(_take(u, chosen.to(device)), _to(pa_cf, device))
         where = places[chosen.numpy()]
+        u_chosen = _take(u, chosen)
+        pa_cf, seeds = _act(
+            generator, u_chosen, _take(factual, chosen), _take(do, chosen), rows[where], view, plan.seed
+        )
+        x = generator.predict(u_chosen, _to(pa_cf, device))
         _refuse_no_image(x, (len(where), *plan.shape), rows[where], view)
         images[where, slot] = to_stored(x, images.dtype)
         index.note(where, slot, pa_cf, seeds)
 
 
 def _act(
-    generator: Generator, factual: Attributes, do: Attributes, rows: np.ndarray, view: View, seed: int
+    generator: Generator,
+    u: Exogenous,
+    factual: Attributes,
+    do: Attributes,
+    rows: np.ndarray,
+    view: View,
+    seed: int,
 ) -> tuple[Attributes, list[int]]:
     """pa* of each row with random numbers of its own, so that its neighbours in the batch do not matter; and
     the seeds, -1 where nothing is random."""
     if generator.graph.affected(do) == set(do):  # nothing follows from the do()
-        return counterfactual_attributes(generator, factual, do, torch_generator(seed)), [-1] * len(rows)
+        return generator.act(u, factual, do, torch_generator(seed)), [-1] * len(rows)
     text = json.dumps(view, sort_keys=True)
     seeds = [derive_seed(seed, "bank", int(row), text) for row in rows]
-    alone = [
-        counterfactual_attributes(
-            generator,
-            {name: value[place : place + 1] for name, value in factual.items()},
-            {name: value[place : place + 1] for name, value in do.items()},
-            torch.Generator().manual_seed(own),
-        )
-        for place, own in enumerate(seeds)
-    ]
+    alone = []
+    for place, own in enumerate(seeds):
+        one = torch.tensor([place])
+        parts = _take(u, one), _take(factual, one), _take(do, one)
+        alone.append(generator.act(*parts, torch.Generator().manual_seed(own)))
     return {name: torch.cat([single[name] for single in alone]) for name in factual}, seeds
 
 
@@ -315,7 +313,7 @@ def _refuse_no_image(x: torch.Tensor, expected: tuple[int, ...], rows: np.ndarra
 
 
 def _take(values: Mapping[str, torch.Tensor], places: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: value[places] for name, value in values.items()}
+    return {name: value[places.to(value.device)] for name, value in values.items()}
 
 
 def _to(values: Attributes, device: torch.device) -> Attributes:

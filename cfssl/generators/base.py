@@ -2,8 +2,8 @@
 7.1).
 
 Enters: images with their factual parents, and an intervention. Leaves: counterfactual images with their
-counterfactual parents. The attribute side of the model decides what an intervention changes besides the
-intervened variables; the generator only ever sees parents that are already propagated.
+counterfactual parents. `act` decides what an intervention changes besides the intervened variables; `predict`
+only ever sees parents that are already propagated.
 """
 
 from collections.abc import Mapping
@@ -33,11 +33,6 @@ class Generator(Protocol):
         ...
 
     @property
-    def scm(self) -> StructuralCausalModel | None:
-        """The attribute side, on the CPU; None where no do() has descendants."""
-        ...
-
-    @property
     def fingerprint(self) -> str:
         """Of the fitted weights, the settings and the code. Raises UserError before `fit` or `load`."""
         ...
@@ -49,6 +44,14 @@ class Generator(Protocol):
     def abduct(self, x: torch.Tensor, pa: Attributes) -> Exogenous:
         """x (B, C, H, W) float32 in [-1, 1] with its factual parents -> the exogenous variables of each
         image."""
+        ...
+
+    def act(
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+    ) -> Attributes:
+        """pa* (B,) each, on the device of `pa`: `do` (B,) or () each, and what follows from it. Invariant
+        attributes are the very tensors that came in. `u` comes from `abduct`; `rng`, a CPU generator, serves
+        the abduction of attributes. Raises UserError for values that an attribute cannot take."""
         ...
 
     def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
@@ -65,34 +68,25 @@ def counterfactual(
 ) -> tuple[torch.Tensor, Attributes]:
     """The image and the attributes that would have been, had `do` been the case.
 
-    x (B, C, H, W) float32 in [-1, 1]; `pa` holds every variable of the graph, (B,) each, on the device of x;
-    `do` maps variables to values (B,). `rng` serves the abduction of the attributes. Returns x* of the same
-    shape and range, and pa*.
+    x (B, C, H, W) float32 in [-1, 1]; `pa` holds the parents of the image and what the do() needs, (B,) each,
+    on the device of x; `do` and `rng` as in `Generator.act`. Returns x* of the same shape and range, and pa*.
     """
     u = generator.abduct(x, pa)
-    pa_cf = counterfactual_attributes(generator, pa, do, rng)
+    pa_cf = generator.act(u, pa, do, rng)
     return generator.predict(u, pa_cf), pa_cf
 
 
-def counterfactual_attributes(
-    generator: Generator, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+def propagate(
+    scm: StructuralCausalModel, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
 ) -> Attributes:
-    """pa* (B,) each: `do` and what follows from it; invariant attributes are the very tensors that came in.
+    """`Generator.act` by a causal model of the attributes, which lies on the CPU, wherever `pa` does."""
+    changed = scm.counterfactual(_on_cpu(pa), _on_cpu(do), rng)
+    affected = scm.graph.affected(do)
+    return {name: changed[name].to(value.device) if name in affected else value for name, value in pa.items()}
 
-    Raises UserError when the intervention has descendants and the generator has no model of them.
-    """
-    affected = generator.graph.affected(do)
-    if affected == set(do):  # nothing descends from the intervened variables: acting is all there is to do
-        changed = {name: value.to(pa[name]).expand_as(pa[name]) for name, value in do.items()}
-    elif generator.scm is not None:
-        changed = generator.scm.counterfactual(pa, do, rng)
-    else:
-        raise UserError(
-            f"do({', '.join(sorted(do))}) also changes {', '.join(sorted(affected - set(do)))}, but the "
-            "generator has no model of the attributes to predict these with; give it one, or remove their "
-            "edges from the graph."
-        )
-    return {name: changed[name] if name in affected else value for name, value in pa.items()}
+
+def _on_cpu(values: Mapping[str, torch.Tensor]) -> Attributes:
+    return {name: value.cpu() for name, value in values.items()}
 
 
 def intervention(

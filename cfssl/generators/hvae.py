@@ -15,11 +15,12 @@ norms and the run fails after 20 skips (a fixed threshold can skip for ever); tr
 weighs a KL averaged over the same C*H*W as the likelihood.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.run import Run
 from cfssl.engine.schedules import linear
 from cfssl.errors import UserError
-from cfssl.generators.base import Exogenous, to_signed
-from cfssl.generators.hvae_network import HVAE, gaussian_nll
+from cfssl.generators.base import Exogenous, propagate, to_signed
+from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_X, gaussian_nll
 from cfssl.generators.parents import GraphSettings
 from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.graph import CausalGraph
@@ -42,6 +43,15 @@ from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, numpy_generator, torch_generator
 from cfssl.settings import STRICT, Count, Positive, Probability
+
+# Widths at 32, 16, 8 and 4 pixels of the published small models, both of about .4 M parameters: S-HVAE-32 for
+# images of 32 pixels, S-HVAE-64 (a pixel-unshuffle in front) for larger ones.
+S_HVAE_32 = (12, 24, 32, 48)
+S_HVAE_64 = (16, 24, 32, 48)
+
+Width = Annotated[int, Field(ge=4, multiple_of=4)]  # four groups are normalised
+# What the network's clamp of log sigma allows; a sigma beyond it would silently be another one.
+Sigma = Annotated[float, Field(ge=math.exp(LOG_SIGMA_X[0]), le=math.exp(LOG_SIGMA_X[1]))]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,17 +69,18 @@ class HVAETrainSettings(TrainSettings):
 
 @dataclass(frozen=True, config=STRICT)
 class HVAESettings(GraphSettings):
-    """`beta` weighs the KL (more: less of the parents stays in z; too much: blur), ramped up over the first
-    `beta_warmup` share of the steps. `balance`: an attribute whose rare values are drawn more often (half
-    uniform, half empirical). `ema`: decay of the averaged weights that are used for inference. `sigma`: see
-    hvae_network.HVAE."""
+    """`beta` weighs the KL (more: less of the parents stays in z; too much: blur), ramped up from a tenth
+    over the first `beta_warmup` share of the steps. `balance`: a categorical or binary variable of the graph
+    whose rare values are drawn more often (half uniform, half empirical). `ema`: decay of the averaged
+    weights that are used for inference. `sigma`: see hvae_network.HVAE. `widths`: see S_HVAE_32, S_HVAE_64.
+    """
 
     name: Literal["hvae"] = "hvae"
-    widths: tuple[Count, Count, Count, Count] = (16, 24, 32, 48)
+    widths: tuple[Width, Width, Width, Width] = S_HVAE_64
     latents: tuple[Count, Count, Count] = (16, 8, 4)
     blocks: Count = 2
     sigma: Literal["pixel", "shared", "fixed"] = "pixel"
-    fixed_sigma: Positive = 0.1
+    fixed_sigma: Sigma = 0.1
     beta: Positive = 5.0
     beta_warmup: Probability = 0.1
     balance: str | None = None
@@ -95,7 +106,7 @@ class ImageBatch:
 class ImageData:
     """Step data: `data[step]` is the list of micro-batches of that step, a pure function of (seed, step).
 
-    Rows are drawn with replacement by `weights` when given, else by a permutation per epoch.
+    Rows are drawn with replacement by `weights` (N,) when given, else by a permutation per epoch.
     """
 
     def __init__(
@@ -108,8 +119,7 @@ class ImageData:
         weights: np.ndarray | None = None,
     ) -> None:
         self.table, self.rows, self.parents, self.noise_size = table, rows, parents, noise_size
-        self.seed, self.weights, self.accumulate = settings.seed, weights, settings.accumulate
-        self.batch = settings.batch
+        self.seed, self.accumulate, self.batch = settings.seed, settings.accumulate, settings.batch
         if len(rows) < self.batch:
             raise UserError(
                 f"generator.train.batch is {self.batch}, but only {len(rows)} training images have all "
@@ -117,19 +127,25 @@ class ImageData:
             )
         self.steps_per_epoch = len(rows) // self.batch
         self.epochs = settings.epochs
+        cumulative = None if weights is None else np.cumsum(weights)
+        self._cumulative = None if cumulative is None else cumulative / cumulative[-1]
+        self._epoch: tuple[int, np.ndarray] | None = None  # the permutation in use
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
+    def items(self, step: int) -> np.ndarray:
+        """The places (batch,) in `rows` of a step."""
+        if self._cumulative is not None:
+            level = numpy_generator(self.seed, "draw", step).random(self.batch)
+            return np.searchsorted(self._cumulative, level, side="right")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, numpy_generator(self.seed, "epoch", epoch).permutation(len(self.rows))
+        return self._epoch[1][place * self.batch : (place + 1) * self.batch]
+
     def __getitem__(self, step: int) -> list[ImageBatch]:
-        if self.weights is not None:
-            items = numpy_generator(self.seed, "draw", step).choice(
-                len(self.rows), self.batch, p=self.weights
-            )
-        else:
-            epoch, place = divmod(step, self.steps_per_epoch)
-            order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.rows))
-            items = order[place * self.batch : (place + 1) * self.batch]
+        items = self.items(step)
         x = to_signed(self.table.images.read(self.rows[items]))
         parents = {name: values[torch.from_numpy(items)] for name, values in self.parents.items()}
         noise = torch.randn(len(items), self.noise_size, generator=torch_generator(self.seed, "noise", step))
@@ -147,6 +163,12 @@ class HVAETask(nn.Module):
         super().__init__()
         self.network, self.encoder, self.averaged = network, encoder, averaged.requires_grad_(False)
         self.settings, self.steps = settings, steps
+
+    def train(self, mode: bool = True) -> Self:
+        """The averaged network is not trained and stays in eval mode."""
+        super().train(mode)
+        self.averaged.eval()
+        return self
 
     def forward(self, batch: ImageBatch, step: int) -> dict[str, torch.Tensor]:
         warmup = round(self.settings.beta_warmup * self.steps)
@@ -185,8 +207,11 @@ class HVAEGenerator:
             )
         self.settings, self.shape = settings, shape
         self.graph: CausalGraph = settings.causal_graph(attributes)
+        if settings.balance is not None:
+            _refuse_no_balance(settings.balance, self.graph, attributes)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(settings.train.seed, "hvae"))
+            # The CPU's generator alone; `torch.manual_seed` would seed every GPU as well.
+            torch.default_generator.manual_seed(derive_seed(settings.train.seed, "hvae"))
             self.scm = StructuralCausalModel(self.graph, attributes, settings.attributes)
             self.encoder = ParentEncoder(self.graph.image_parents, attributes)
             self.network = self._network()
@@ -229,9 +254,7 @@ class HVAEGenerator:
             else half_uniform_weights(values[self.settings.balance].numpy())
         )
         s = self.settings
-        network = self._network()
-        network.load_state_dict(self.network.state_dict())
-        network.requires_grad_(True)
+        network = copy.deepcopy(self.network).requires_grad_(True)
         data = ImageData(table, rows, parents, network.noise_size, s.train, weights)
         task = HVAETask(network, self.encoder, self.network, s, len(data))
         finished = fit(task, data, s.train, run, "generator")
@@ -248,6 +271,12 @@ class HVAEGenerator:
         residual = (x - likelihood.mean) / likelihood.sigma
         return {**{f"z{level}": z for level, z in enumerate(latents)}, "u": residual}
 
+    def act(
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+    ) -> Attributes:
+        """See `Generator.act`; the attributes have noise of their own, which `rng` serves to abduct."""
+        return propagate(self.scm, pa, do, rng)
+
     @torch.no_grad()
     def predict(self, u: Exogenous, pa_cf: Attributes, residual: float = 1.0) -> torch.Tensor:
         """The image of `u` under the parents `pa_cf`. `residual` is t_u, the share of the pixel residual put
@@ -261,7 +290,8 @@ class HVAEGenerator:
     def sample(self, pa: Attributes, rng: torch.Generator) -> torch.Tensor:
         """New images of the given parents: z ~ p(z), then the mean."""
         count = len(next(iter(pa.values())))
-        noise = torch.randn(count, self.network.noise_size, generator=rng)
+        noise = torch.randn(count, self.network.noise_size, generator=rng, device=rng.device)
+        noise = noise.to(self.network.start.device)
         latents = self.network.sample_latents(self.network.split_noise(noise))
         return self.network.decode(latents, self.encoder(pa)).mean.clamp(-1, 1)
 
@@ -310,3 +340,12 @@ def half_uniform_weights(codes: np.ndarray) -> np.ndarray:
     weights = (target / counts)[inverse]
     assert math.isclose(weights.sum(), 1.0, rel_tol=1e-9)
     return weights
+
+
+def _refuse_no_balance(name: str, graph: CausalGraph, attributes: Mapping[str, Attribute]) -> None:
+    if name not in graph.variables or attributes[name].kind == "continuous":
+        choices = [known for known in graph.variables if attributes[known].kind != "continuous"]
+        raise UserError(
+            f"generator.balance is {name!r}, expected a categorical or binary variable of the generator's "
+            f"graph ({', '.join(choices) or 'it has none'}); correct or remove it."
+        )

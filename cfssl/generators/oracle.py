@@ -6,6 +6,7 @@ can reach.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from cfssl.data.table import Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
-from cfssl.generators.base import Exogenous, to_signed, to_stored
+from cfssl.generators.base import Exogenous, propagate, to_signed, to_stored
 from cfssl.generators.parents import GraphSettings
 from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.model import StructuralCausalModel
@@ -76,6 +77,12 @@ class OracleGenerator:
                 "the oracle recognises whole, unaugmented images of its own world only."
             )
         return {"row": torch.tensor([self._rows[digest] for digest in digests])}
+
+    def act(
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+    ) -> Attributes:
+        """See `Generator.act`."""
+        return propagate(self.scm, pa, do, rng)
 
     def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
         """The rows of `u` rendered with the parents `pa_cf`; parents outside the graph keep their factual

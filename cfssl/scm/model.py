@@ -97,11 +97,12 @@ class StructuralCausalModel(nn.Module):
 
         Affected variables are abducted and predicted anew in topological order; all others, those outside the
         graph too, are returned bit-equal. `rng` serves the abduction of discrete variables. Raises UserError
-        for interventions that no attribute can take.
+        for values that no attribute can take, and for an unfitted model that has something to predict.
         """
-        self._refuse_unfitted()
         affected = self.graph.affected(do)
         to_predict = [name for name in self.graph.variables if name in affected and name not in do]
+        if to_predict:
+            self._refuse_unfitted()
         self._refuse_missing(
             values,
             {*do, *to_predict, *(parent for name in to_predict for parent in self.graph.parents(name))},

@@ -12,6 +12,7 @@ from cfssl.bank.store import Bank
 from cfssl.data.prepare import save_prepared
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import Attribute, ImageTable
+from cfssl.generators.base import propagate
 from cfssl.scm.graph import CausalGraph
 
 SCANNERS = ("A", "B", "C")
@@ -58,6 +59,9 @@ def build_slowly(folder: Path, table_folder: Path) -> None:
 class ToyModel:
     """Disease given age with random abduction: disease* = [age* + noise > 60], the noise from `rng`."""
 
+    def __init__(self, graph):
+        self.graph = graph
+
     def counterfactual(self, values, do, rng):
         result = {**values, **do}
         if "disease" not in do and "age" in do:
@@ -73,7 +77,7 @@ class ToyGenerator:
 
     def __init__(self, pause: float = 0.0) -> None:
         self.graph = CausalGraph({"disease": ["age"]}, ["scanner", "disease", "age"], ["scanner", "disease"])
-        self.scm = ToyModel()
+        self.scm = ToyModel(self.graph)
         self.pause, self.calls, self.sizes = pause, 0, []
 
     def fit(self, table, run):
@@ -86,6 +90,9 @@ class ToyGenerator:
         self.calls += 1
         self.sizes.append(len(x))
         return {"u": x - self._offset(pa)}
+
+    def act(self, u, pa, do, rng):
+        return propagate(self.scm, pa, do, rng)
 
     def predict(self, u, pa_cf):
         time.sleep(self.pause)

@@ -1,10 +1,16 @@
-"""The axioms against a world where everything is known: an additive toy, and the phantom's oracle."""
+"""The axioms against worlds where everything is known: additive toys with closed forms, and the phantom's
+oracle, whose counterfactuals are the renderer's."""
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from cfssl.data.table import Attribute, Attributes
+from cfssl.data.phantoms import chest
+from cfssl.data.prepare import save_prepared
+from cfssl.data.table import Attribute, Attributes, ImageTable
+from cfssl.engine.run import Run
+from cfssl.errors import UserError
 from cfssl.evaluate.counterfactual import (
     composition,
     distance_to_truth,
@@ -12,37 +18,76 @@ from cfssl.evaluate.counterfactual import (
     grey_levels,
     reversibility,
 )
-from cfssl.generators.base import Exogenous
+from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate, to_signed
+from cfssl.generators.oracle import OracleGenerator, OracleSettings
 from cfssl.scm.graph import CausalGraph
+from cfssl.scm.mechanisms import CausalModelSettings
+from cfssl.scm.model import StructuralCausalModel
+from cfssl.seeds import torch_generator
 
-ATTRIBUTES = {"scanner": Attribute("scanner", "categorical", ("A", "B", "C"))}
+ATTRIBUTES = {
+    "scanner": Attribute("scanner", "categorical", ("A", "B", "C")),
+    "age": Attribute("age", "continuous"),
+    "disease": Attribute("disease", "binary", ("no", "yes")),
+}
+GRAPH = CausalGraph({"disease": ["age"]}, tuple(ATTRIBUTES), ("scanner", "disease"))
 
 
 class Shift:
-    """x = u + 0.1 scanner; `forgets` is what abduction loses of u."""
+    """x = u + 0.1 scanner + 0.2 disease; `forgets` is what abduction loses of u. It has no residual."""
 
-    graph = CausalGraph({}, ("scanner",), ("scanner",))
-    scm = None
+    graph = GRAPH
     fingerprint = "shift"
 
     def __init__(self, forgets: float = 0.0) -> None:
         self.forgets = forgets
+        self.scm = StructuralCausalModel(GRAPH, ATTRIBUTES, CausalModelSettings(steps=100, hidden=()))
 
     def fit(self, table: object, run: object) -> None: ...
 
-    def abduct(self, x: torch.Tensor, pa: Attributes) -> Exogenous:
-        shift = 0.1 * pa["scanner"].float().view(-1, 1, 1, 1)
-        mean = (x - shift) * (1 - self.forgets)
-        return {"mean": mean, "rest": x - shift - mean}
+    def _shift(self, pa: Attributes) -> torch.Tensor:
+        return (0.1 * pa["scanner"] + 0.2 * pa["disease"]).view(-1, 1, 1, 1)
 
+    def abduct(self, x: torch.Tensor, pa: Attributes) -> Exogenous:
+        shifted = x - self._shift(pa)
+        return {"mean": shifted * (1 - self.forgets), "rest": shifted * self.forgets}
+
+    def act(self, u: Exogenous, pa: Attributes, do: Attributes, rng: torch.Generator) -> Attributes:
+        return propagate(self.scm, pa, do, rng)
+
+    def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
+        return u["mean"] + u["rest"] + self._shift(pa_cf)
+
+
+class WithResidual(Shift):
     def predict(self, u: Exogenous, pa_cf: Attributes, residual: float = 1.0) -> torch.Tensor:
-        shift = 0.1 * pa_cf["scanner"].float().view(-1, 1, 1, 1)
-        return u["mean"] + residual * u["rest"] + shift
+        return u["mean"] + residual * u["rest"] + self._shift(pa_cf)
 
 
 X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
-PA = {"scanner": torch.tensor([0, 1, 2, 0, 1])}
+PA = {
+    "scanner": torch.tensor([0, 1, 2, 0, 1]),
+    "age": torch.tensor([30.0, 50.0, 45.0, 70.0, 60.0]),
+    "disease": torch.tensor([0, 1, 0, 0, 1]),
+}
 DO = {"scanner": torch.tensor([2, 2, 0, 1, 0])}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
+    frame, images, masks, truth = chest.build(chest.ChestWorld(), count=60, seed=5)
+    folder = tmp_path_factory.mktemp("axioms") / "table"
+    save_prepared(
+        folder, "phantom_chest", frame, chest.ATTRIBUTES, images, masks, chest.MASKS, group="patient"
+    )
+    return ImageTable.open(folder, truth)
+
+
+@pytest.fixture(scope="module")
+def oracle(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> OracleGenerator:
+    generator = OracleGenerator(OracleSettings(parents=("scanner", "sex")), table)
+    generator.fit(table, Run(tmp_path_factory.mktemp("oracle")))
+    return generator
 
 
 def test_grey_levels_are_the_mean_absolute_difference_in_255ths() -> None:
@@ -52,25 +97,46 @@ def test_grey_levels_are_the_mean_absolute_difference_in_255ths() -> None:
 
 
 def test_composition_is_zero_with_the_residual_and_shows_what_the_network_forgets_without() -> None:
-    assert composition(Shift(forgets=0.5), X, PA, cycles=3).max() < 1e-4
-    lost = composition(Shift(forgets=0.5), X, PA, residual=0.0)
-    expected = 0.5 * grey_levels(X - 0.1 * PA["scanner"].view(-1, 1, 1, 1), torch.zeros_like(X))
+    assert composition(WithResidual(forgets=0.5), X, PA, cycles=3).max() < 1e-4
+    lost = composition(WithResidual(forgets=0.5), X, PA, residual=0.0)
+    expected = 0.5 * grey_levels(X - Shift()._shift(PA), torch.zeros_like(X))
     np.testing.assert_allclose(lost, expected, rtol=1e-4)
-    twice = composition(Shift(forgets=0.5), X[:1], {"scanner": PA["scanner"][:1]}, cycles=2, residual=0.0)
+    first = {name: value[:1] for name, value in PA.items()}
+    twice = composition(WithResidual(forgets=0.5), X[:1], first, cycles=2, residual=0.0)
     np.testing.assert_allclose(twice, 1.5 * lost[:1], rtol=1e-4)
+
+
+def test_composition_of_a_generator_without_a_residual_is_measured_and_leaving_it_out_is_refused() -> None:
+    assert composition(Shift(), X, PA, residual=1.0).max() < 1e-4
+    with pytest.raises(UserError, match=r"residual is 0\.0, but Shift has no pixel residual"):
+        composition(Shift(), X, PA, residual=0.0)
 
 
 def test_an_invertible_generator_is_reversible_and_a_forgetful_cycle_is_not() -> None:
     assert reversibility(Shift(), X, PA, DO, cycles=5).max() < 1e-4
 
     class Clipped(Shift):
-        def predict(self, u: Exogenous, pa_cf: Attributes, residual: float = 1.0) -> torch.Tensor:
-            return super().predict(u, pa_cf, residual).clamp(0.1, 0.3)
+        def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
+            return super().predict(u, pa_cf).clamp(0.1, 0.3)
 
     assert reversibility(Clipped(), X, PA, DO).mean() > 1
 
 
-def test_effectiveness_counts_what_the_classifier_sees() -> None:
+def test_the_noise_of_a_discrete_descendant_is_no_error_of_the_image() -> None:
+    """An invertible generator is reversible under an intervention whose descendant is abducted at random:
+    drawn again on the way back, many of the diseases would come out differently."""
+    generator, count = Shift(), 300
+    age = torch.linspace(20, 90, count)
+    disease = (age + 25 * torch.randn(count, generator=torch_generator("noise")) > 55).long()
+    pa = {"scanner": torch.zeros(count, dtype=torch.long), "age": age, "disease": disease}
+    generator.scm.fit(pa, torch_generator("fit"))
+    x, do = torch.zeros(count, 1, 2, 2), {"age": torch.tensor(55.0)}
+    _, pa_cf = counterfactual(generator, x, pa, do, torch_generator(0, "reversibility"))
+    assert (pa_cf["disease"] != disease).float().mean() > 0.1  # the do() reaches the disease
+    assert reversibility(generator, x, pa, do, cycles=2).max() < 1e-3
+
+
+def test_effectiveness_counts_the_classes_that_the_predictor_sees() -> None:
     def classifier(images: torch.Tensor) -> torch.Tensor:
         seen = (images.mean((1, 2, 3)) * 10).round().long().clamp(0, 2)
         return torch.nn.functional.one_hot(seen, 3).float()
@@ -80,8 +146,97 @@ def test_effectiveness_counts_what_the_classifier_sees() -> None:
     assert found.tolist() == [True, True, True, False]
 
 
+@pytest.mark.parametrize("keep_dimension", [False, True])
+def test_effectiveness_of_a_continuous_attribute_is_the_absolute_error(keep_dimension: bool) -> None:
+    def regressor(images: torch.Tensor) -> torch.Tensor:
+        return 100 * images.mean((1, 2, 3), keepdim=keep_dimension).flatten(1 if keep_dimension else 0)
+
+    images = torch.tensor([0.2, 0.5, 0.9]).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) * 2 - 1
+    found = effectiveness(regressor, images, torch.tensor([20.0, 60.0, 60.0]))
+    assert found.shape == (3,)
+    np.testing.assert_allclose(found, [0, 10, 30], atol=1e-4)
+
+
+def test_the_predictor_judges_in_eval_mode_also_when_one_of_its_methods_is_given() -> None:
+    class Judge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Dropout(0.9))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layers(images)
+
+        def logits(self, images: torch.Tensor) -> torch.Tensor:
+            return self(images)
+
+    judge = Judge()
+    target = judge.eval()((X + 1) / 2).argmax(1)
+    for predictor in (judge, judge.logits):
+        judge.train()
+        assert effectiveness(predictor, X, target).all()
+        assert not judge.layers[2].training
+
+
 def test_distance_to_truth_is_zero_for_the_truth_and_the_shift_for_the_unchanged_image() -> None:
     truth = X + 0.1
     generated, unchanged = distance_to_truth(truth, truth, X)
     np.testing.assert_allclose(generated, 0)
     assert unchanged == pytest.approx(np.full(5, 12.75), rel=1e-4)
+
+
+def test_the_oracle_fulfils_every_axiom(oracle: OracleGenerator, table: ImageTable) -> None:
+    rows = table.rows("test")
+    x, pa = to_signed(table.images.read(rows)), table.encode(oracle.graph.variables, rows)
+    do = intervention({"scanner": "D"}, table.attributes, len(rows))
+    assert composition(oracle, x, pa, cycles=2).max() == 0
+    assert reversibility(oracle, x, pa, do, cycles=2).max() == 0
+    changed, _ = counterfactual(oracle, x, pa, do, torch_generator(0))
+    assert table.truth is not None
+    truth = to_signed(table.truth.counterfactual(rows, do))
+    to_truth, unchanged = distance_to_truth(changed, truth, x)
+    moved = (pa["scanner"] != do["scanner"]).numpy()
+    assert to_truth.max() == 0
+    assert unchanged[moved].min() > 5
+    with pytest.raises(UserError, match="OracleGenerator has no pixel residual"):
+        composition(oracle, x, pa, residual=0.0)
+
+
+class OnDevice(torch.Tensor):
+    """Like a tensor on a GPU, it must be copied before numpy or a CPU model may see it."""
+
+    def numpy(self, *arguments: object, **keywords: object) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *arguments: object, **keywords: object) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def away(values: Attributes) -> Attributes:
+    return {name: value.as_subclass(OnDevice) for name, value in values.items()}
+
+
+def test_tensors_on_a_device_are_brought_to_the_cpu_for_numpy_and_for_the_causal_model() -> None:
+    class OnCPU(StructuralCausalModel):
+        def counterfactual(self, values: Attributes, do: Attributes, rng: torch.Generator) -> Attributes:
+            assert not any(isinstance(value, OnDevice) for value in [*values.values(), *do.values()])
+            return super().counterfactual(values, do, rng)
+
+    generator, x = Shift(), X.as_subclass(OnDevice)
+    generator.scm = OnCPU(GRAPH, ATTRIBUTES)
+    assert composition(generator, x, away(PA)).max() < 1e-4
+    assert reversibility(generator, x, away(PA), away(DO)).max() < 1e-4
+    assert distance_to_truth(x, x, x + 0.1)[1] == pytest.approx(np.full(5, 12.75), rel=1e-4)
+    seen = effectiveness(lambda images: images.flatten(1)[:, :3], x, torch.tensor([0, 1, 2, 0, 1]))
+    assert seen.shape == (5,)
+    assert effectiveness(lambda images: images.flatten(1)[:, 0], x, torch.ones(5)).shape == (5,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_axioms_hold_for_images_and_attributes_on_a_gpu() -> None:
+    generator, x = Shift(), X.cuda()
+    pa, do = ({name: value.cuda() for name, value in values.items()} for values in (PA, DO))
+    assert composition(generator, x, pa).max() < 1e-4
+    assert reversibility(generator, x, pa, do).max() < 1e-4
+    assert reversibility(generator, x, pa, DO).max() < 1e-4
+    seen = effectiveness(lambda images: images.flatten(1)[:, :3], x, PA["scanner"])
+    assert seen.dtype == bool

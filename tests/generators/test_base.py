@@ -5,17 +5,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cfssl.data.table import Attribute
 from cfssl.errors import UserError
-from cfssl.generators.base import (
-    counterfactual,
-    counterfactual_attributes,
-    intervention,
-    to_signed,
-    to_stored,
-)
+from cfssl.generators.base import counterfactual, intervention, propagate, to_signed, to_stored
 from cfssl.scm.graph import CausalGraph
+from cfssl.scm.mechanisms import CausalModelSettings, create_mechanism
+from cfssl.scm.model import StructuralCausalModel
 
 ATTRIBUTES = {
     "scanner": Attribute("scanner", "categorical", ("A", "B", "C")),
@@ -24,31 +21,51 @@ ATTRIBUTES = {
 }
 
 
-class Doubling:
-    """size = 2 age + u; hands back every attribute as a new tensor, invariant ones with a rounding error."""
+GRAPH = CausalGraph({"size": ["age"]}, ["scanner", "age", "size"], ["scanner", "size"])
+
+
+class Doubling(nn.Module):
+    """size = 2 age + u."""
+
+    def fit(self, values, parents, rng):
+        """Known."""
+
+    def abduct(self, values, parents, rng):
+        return values - 2 * parents["age"]
+
+    def predict(self, u, parents):
+        return 2 * parents["age"] + u
+
+
+class Rounding(StructuralCausalModel):
+    """Hands back every attribute as a new tensor, with an error in it."""
 
     def counterfactual(self, values, do, rng):
-        residual = values["size"] - 2 * values["age"]
-        result = {
-            name: value + 1e-3 if value.is_floating_point() else value + 0 for name, value in values.items()
+        result = super().counterfactual(values, do, rng)
+        return {
+            name: value + 1 if name not in GRAPH.affected(do) else value for name, value in result.items()
         }
-        result.update(do)
-        result["size"] = 2 * result["age"] + residual
-        return result
 
 
 class Additive:
     """x = u + scanner + size / 100."""
 
-    def __init__(self, scm):
-        self.graph = CausalGraph({"size": ["age"]}, ["scanner", "age", "size"], ["scanner", "size"])
-        self.scm = scm
+    graph = GRAPH
+
+    def __init__(self, model=StructuralCausalModel):
+        roots = {
+            name: create_mechanism(ATTRIBUTES[name], [], CausalModelSettings()) for name in ("scanner", "age")
+        }
+        self.scm = model(GRAPH, ATTRIBUTES, known={**roots, "size": Doubling()})
 
     def _mean(self, pa):
         return (pa["scanner"] + pa["size"] / 100)[:, None, None, None]
 
     def abduct(self, x, pa):
         return {"u": x - self._mean(pa)}
+
+    def act(self, u, pa, do, rng):
+        return propagate(self.scm, pa, do, rng)
 
     def predict(self, u, pa_cf):
         return u["u"] + self._mean(pa_cf)
@@ -67,7 +84,7 @@ def factual():
 def test_a_cause_takes_its_effects_with_it_and_leaves_the_rest_bit_equal(factual):
     x, pa = factual
     do = intervention({"age": 60.0}, ATTRIBUTES, 4)
-    x_cf, pa_cf = counterfactual(Additive(Doubling()), x, pa, do, torch.Generator())
+    x_cf, pa_cf = counterfactual(Additive(), x, pa, do, torch.Generator())
     torch.testing.assert_close(pa_cf["size"], torch.tensor([121.0, 119.0, 120.0, 124.0]))
     assert pa_cf["scanner"] is pa["scanner"]
     assert torch.equal(pa_cf["age"], do["age"])
@@ -76,33 +93,54 @@ def test_a_cause_takes_its_effects_with_it_and_leaves_the_rest_bit_equal(factual
     )
 
 
-def test_an_intervention_without_descendants_needs_no_causal_model(factual):
+def test_invariant_attributes_are_the_tensors_that_came_in_whatever_the_model_makes_of_them(factual):
     x, pa = factual
-    do = intervention({"scanner": "C"}, ATTRIBUTES, 4)
-    x_cf, pa_cf = counterfactual(Additive(None), x, pa, do, torch.Generator())
+    x_cf, pa_cf = counterfactual(
+        Additive(Rounding), x, pa, intervention({"scanner": "C"}, ATTRIBUTES, 4), torch.Generator()
+    )
     assert pa_cf["age"] is pa["age"]
     assert pa_cf["size"] is pa["size"]
     torch.testing.assert_close(x_cf - x, (2 - pa["scanner"]).float()[:, None, None, None].expand_as(x))
 
 
+def test_an_intervention_without_descendants_needs_no_fitted_model(factual):
+    x, pa = factual
+    generator = Additive(lambda graph, attributes, known: StructuralCausalModel(graph, attributes))
+    counterfactual(generator, x, pa, {"scanner": pa["scanner"]}, torch.Generator())
+    with pytest.raises(UserError, match="no fitted mechanisms"):
+        counterfactual(generator, x, pa, {"age": pa["age"]}, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        ({"scanner": torch.full((4,), 7)}, r"do\(scanner\) has values that are no category codes"),
+        ({"scanner": torch.full((4,), -1)}, "no category codes"),
+        ({"scanner": torch.full((4,), 1.7)}, "no category codes"),
+        ({"scanner": torch.zeros(3, dtype=torch.long)}, "shape"),
+        ({"size": torch.full((4,), float("inf"))}, "not finite"),
+        ({"age": torch.full((4,), float("nan"))}, "not finite"),
+        ({"weight": torch.zeros(4)}, "'weight'"),
+    ],
+)
+def test_values_that_no_attribute_can_take_are_refused_with_descendants_and_without(factual, do, message):
+    x, pa = factual
+    with pytest.raises(UserError, match=message):
+        counterfactual(Additive(), x, pa, do, torch.Generator())
+
+
 def test_null_intervention_returns_the_image(factual):
     x, pa = factual
     for do in ({"scanner": pa["scanner"]}, {"age": pa["age"]}):
-        x_cf, pa_cf = counterfactual(Additive(Doubling()), x, pa, do, torch.Generator())
+        x_cf, pa_cf = counterfactual(Additive(), x, pa, do, torch.Generator())
         torch.testing.assert_close(x_cf, x)
         assert all(torch.equal(pa_cf[name], pa[name]) for name in pa)
 
 
 def test_one_value_stands_for_the_whole_batch(factual):
-    _, pa = factual
-    pa_cf = counterfactual_attributes(Additive(None), pa, {"scanner": torch.tensor(1)}, torch.Generator())
+    x, pa = factual
+    _, pa_cf = counterfactual(Additive(), x, pa, {"scanner": torch.tensor(1)}, torch.Generator())
     assert torch.equal(pa_cf["scanner"], torch.ones(4, dtype=torch.long))
-
-
-def test_descendants_without_a_causal_model_are_refused_by_name(factual):
-    _, pa = factual
-    with pytest.raises(UserError, match=r"do\(age\) also changes size, but the generator has no model"):
-        counterfactual_attributes(Additive(None), pa, {"age": pa["age"]}, torch.Generator())
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
