@@ -6,11 +6,20 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import norm
 from sklearn import metrics as sk
 
 from cfssl.errors import UserError
-from cfssl.evaluate.groups import MISSING, _resamples, paired_difference, paired_mean_of_groups, report
+from cfssl.evaluate.groups import (
+    MISSING,
+    _resamples,
+    _welch_satterthwaite,
+    paired_difference,
+    paired_mean_of_groups,
+    paired_worst_group,
+    report,
+)
 from cfssl.evaluate.metrics import METRICS, once
 from cfssl.seeds import numpy_generator
 
@@ -215,19 +224,35 @@ def test_multiclass_rows_list_the_count_of_every_class():
     assert report(y, scores, {}, resamples=5)["overall"]["positives"] == np.bincount(y).tolist()
 
 
-def arms(count: int = 400, seeds: int = 1, spread: float = 0.0):
-    """Arm a sees the signal better than b; both share most of their noise. `spread`: how much seeds differ in
-    arm a.
+def arms(count: int = 400, seeds: int = 1, spread: float = 0.0, lift: float = 0.3, name: object = 0):
+    """Arm a sees the signal better than b by `lift`; both share most of their noise. `spread`: standard
+    deviation over seeds of how well an arm sees it.
     """
-    rng = numpy_generator("arms", seeds)
+    rng = numpy_generator("arms", str(name), seeds)
     y = np.arange(count) % 2
     shared = rng.normal(size=count)
-    a = [
-        two_columns(shared + (1.2 + spread * rng.normal()) * y + 0.2 * rng.normal(size=count))
-        for _ in range(seeds)
-    ]
-    b = [two_columns(shared + 0.9 * y + 0.2 * rng.normal(size=count)) for _ in range(seeds)]
-    return y, a, b
+
+    def arm(separation: float) -> list[np.ndarray]:
+        return [
+            two_columns(shared + (separation + spread * rng.normal()) * y + 0.2 * rng.normal(size=count))
+            for _ in range(seeds)
+        ]
+
+    return y, arm(0.9 + lift), arm(0.9)
+
+
+def expected_auc(separation: float, spread: float) -> float:
+    """Of an arm of `arms`: the mean of Phi(d / sqrt(2 * 1.04)) over d ~ N(separation, spread^2)."""
+    return norm.cdf(separation / np.sqrt(2 * 1.04 + spread**2))
+
+
+def differences_of_resamples(y, a, b, patients, resamples, seed, figure) -> list[float]:
+    """figure(rows, scores) of a minus b, averaged over seeds, on the rows of every resample, one by one."""
+    found = []
+    for times in next(_resamples(len(y), patients, resamples, seed)):
+        rows = np.repeat(np.arange(len(y)), times)
+        found.append(np.mean([figure(rows, one) - figure(rows, two) for one, two in zip(a, b, strict=True)]))
+    return found
 
 
 def width(cell: dict) -> float:
@@ -271,14 +296,47 @@ def test_paired_interval_covers_the_truth_about_95_percent_of_the_time():
     assert 0.90 <= covered / 150 <= 0.99
 
 
-def test_disagreement_between_seeds_widens_the_interval():
-    y, a, b = arms(seeds=4, spread=0.6)
-    both = paired_difference(y, a, b, resamples=1000)
-    # The same figures with the seeds' disagreement averaged away leave only the test set's uncertainty.
-    only_rows = [width(paired_difference(y, one, two, resamples=1000)) for one, two in zip(a, b, strict=True)]
-    assert width(both) > 1.5 * np.mean(only_rows)
-    spread = np.std(both["seeds"]) / np.sqrt(4)
-    assert width(both) > 2 * 1.7 * spread
+def test_interval_is_welchs_of_the_variance_of_rows_and_of_seeds():
+    y, a, b = arms(120, seeds=3, spread=0.3)
+    patients = np.arange(120) // 4
+    result = paired_difference(y, a, b, patients=patients, resamples=60, seed=5)
+
+    def auc(rows: np.ndarray, scores: np.ndarray) -> float:
+        return sk.roc_auc_score(y[rows], scores[rows, 1])
+
+    v_rows = np.var(differences_of_resamples(y, a, b, patients, 60, 5, auc))
+    v_seeds = np.var(result["seeds"], ddof=1) / 3
+    df = (v_rows + v_seeds) ** 2 / (v_seeds**2 / 2)
+    reach = stats.t.ppf(0.975, df) * np.sqrt(v_rows + v_seeds)
+    value = np.mean(result["seeds"])
+    found = [result[key] for key in ("value", "low", "high", "df")]
+    assert found == pytest.approx([value, value - reach, value + reach, df])
+    assert df > 2
+
+
+def test_interval_of_seeds_alone_is_students_and_of_rows_alone_is_normal():
+    of_seeds = np.array([0.01, 0.02, 0.06, 0.03])
+    student = stats.ttest_1samp(of_seeds, 0).confidence_interval()
+    found = _welch_satterthwaite(of_seeds, row_variance=0.0)
+    assert [found["low"], found["high"], found["df"]] == pytest.approx([student.low, student.high, 3])
+    for alike in (np.array([0.02]), np.array([0.02, 0.02, 0.02])):
+        found = _welch_satterthwaite(alike, row_variance=1e-4)
+        assert [found["low"], found["high"]] == pytest.approx(norm.interval(0.95, loc=0.02, scale=0.01))
+        assert found["df"] is None
+
+
+@pytest.mark.parametrize(
+    ("count", "spread", "seeds_dominate"), [(300, 0.8, True), (80, 0.02, False)], ids=["seeds", "rows"]
+)
+def test_interval_of_three_seeds_covers_the_truth_over_other_seeds_and_rows(count, spread, seeds_dominate):
+    truth = expected_auc(1.2, spread) - expected_auc(0.9, spread)
+    found = [
+        paired_difference(*arms(count, 3, spread, name=trial), resamples=100, seed=trial)
+        for trial in range(400)
+    ]
+    covered = np.mean([one["low"] <= truth <= one["high"] for one in found])
+    assert 0.92 <= covered <= 0.99
+    assert (np.median([one["df"] for one in found]) < 3) == seeds_dominate  # the case is what it says
 
 
 def test_mean_of_groups_weighs_groups_equally_whatever_their_size():
@@ -294,6 +352,57 @@ def test_mean_of_groups_weighs_groups_equally_whatever_their_size():
     assert result["low"] < result["value"] < result["high"]
     with pytest.raises(UserError, match="'epic'"):
         paired_mean_of_groups(y, a, b, labels, ["epic"])
+
+
+def four_groups(count: int) -> np.ndarray:
+    return np.array(list("ABCD"))[np.arange(count) // 2 % 4]
+
+
+def test_worst_groups_are_each_arms_own_and_found_anew_in_every_resample():
+    y, a, b = arms(240, seeds=2, lift=0.1)
+    labels = four_groups(240).astype(object)
+    a = [np.where((labels == "A")[:, None], two_columns(0.2 * np.sin(np.arange(240))), one) for one in a]
+    labels[np.flatnonzero(y == 1)[-6:]] = "sick only"
+    labels[-12:-6] = None
+    searched = ["A", "B", "C", "D"]
+
+    def worst(rows: np.ndarray, scores: np.ndarray) -> float:
+        members = [rows[labels[rows] == name] for name in searched]
+        return min(sk.roc_auc_score(y[r], scores[r, 1]) for r in members)
+
+    result = paired_worst_group(y, a, b, labels, resamples=40, seed=2)
+    everything = np.arange(240)
+    per_seed = [worst(everything, one) - worst(everything, two) for one, two in zip(a, b, strict=True)]
+    assert result["seeds"] == pytest.approx(per_seed)
+    assert result["value"] == pytest.approx(np.mean(per_seed))
+    assert result["groups"] == searched
+    v_rows = np.var(differences_of_resamples(y, a, b, None, 40, 2, worst))
+    expected = _welch_satterthwaite(np.array(per_seed), v_rows)
+    assert [result["low"], result["high"]] == pytest.approx([expected["low"], expected["high"]])
+
+
+def test_equal_arms_have_equal_worst_groups_though_the_worst_group_of_one_favours_the_other():
+    labels = four_groups(160)
+    fair, naive, covered = [], [], []
+    for trial in range(200):
+        y = np.arange(160) % 2
+        noise = numpy_generator("equal arms", trial).normal(size=(2, 160))
+        a, b = (two_columns(0.9 * y + one) for one in noise)
+        result = paired_worst_group(y, a, b, labels, resamples=100, seed=trial)
+        fair.append(result["value"])
+        covered.append(result["low"] <= 0 <= result["high"])
+        of_b = report(y, b, {"g": labels}, resamples=1)["groups"]["g"]["worst"]["auc"]["group"]
+        naive.append(paired_mean_of_groups(y, a, b, labels, [of_b], resamples=1)["value"])
+    error = np.std(fair) / np.sqrt(200)
+    assert abs(np.mean(fair)) < 2.5 * error
+    assert np.mean(naive) > 5 * error
+    assert np.mean(covered) >= 0.92
+
+
+def test_no_group_with_every_class_has_no_worst_one():
+    y, a, b = arms()
+    result = paired_worst_group(y, a, b, np.where(y == 1, "sick", "healthy"), resamples=20)
+    assert (result["value"], result["reason"]) == (None, "no group holds every class")
 
 
 def test_a_mean_over_a_group_without_a_class_is_null_with_a_reason():
