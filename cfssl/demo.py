@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from cfssl.errors import UserError
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
 from cfssl.summary import compare, print_result
@@ -23,11 +24,7 @@ ARMS = {
 def run_demo(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Path:
     """Runs what is missing under `runs`, prints the results and returns the path of report.html."""
     started = time.monotonic()
-    with resources.as_file(resources.files("cfssl") / "demo.yaml") as recipe:
-        jobs = {
-            name: Pipeline(load_recipe(recipe, [*own, *overrides]), runs, quiet)
-            for name, (_, own) in ARMS.items()
-        }
+    jobs = arms(runs, overrides, quiet)
     for job in jobs.values():
         job.run()
     minutes = (time.monotonic() - started) / 60
@@ -41,3 +38,20 @@ def run_demo(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> 
             print_result(result)
     print(f"\n{minutes:.1f} minutes")
     return page
+
+
+def arms(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> dict[str, Pipeline]:
+    """Name of the arm -> its pipeline. What makes an arm is said after the overrides, which so change all
+    arms alike; an override of one of these settings itself would be void and is refused."""
+    fixed = {setting.partition("=")[0] for _, own in ARMS.values() for setting in own}
+    void = [entry for entry in overrides if entry.partition("=")[0] in fixed]
+    if void:
+        raise UserError(
+            f"The override {void[0]!r} is void in the demo, whose arms differ in {', '.join(sorted(fixed))}; "
+            "write a recipe of your own for it and call cfssl run."
+        )
+    with resources.as_file(resources.files("cfssl") / "demo.yaml") as recipe:
+        return {
+            name: Pipeline(load_recipe(recipe, [*overrides, *own]), runs, quiet)
+            for name, (_, own) in ARMS.items()
+        }
