@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from scipy.special import stdtrit
 
 from cfssl.files import write_json, write_text
 from cfssl.provenance import git_state
@@ -34,6 +36,13 @@ def figure(
         "unit": unit,
         "seeds": None if seeds is None else list(seeds),
     }
+
+
+def over_seeds(values: Sequence[float], unit: str = "") -> dict[str, Any]:
+    """The mean over training seeds with its 95 % t interval."""
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    reach = float(stdtrit(len(values) - 1, 0.975)) * spread
+    return figure(mean, mean - reach, mean + reach, unit, values)
 
 
 def machine() -> str:
