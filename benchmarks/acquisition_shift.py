@@ -52,18 +52,18 @@ HAM = [
     "generator.train.epochs=6",
 ]
 BUDGET = (
-    "image size, batch, learning rate and epochs were chosen on another draw of the world (data.seed 100, one "
-    "training seed, its own test rows), for all arms alike, while looking at SimCLR and at CF-SimCLR with true "
-    "counterfactuals, whose loss needs some hundred steps before it falls. There, disease AUC on A / B / C / D "
-    "(linear probe, all labels; 48 px, test_byobnet, learning rate 2e-3 unless said): batch 64, 40 epochs "
-    "SimCLR .902 / .886 / .805 / .706, CF-SimCLR .863 / .860 / .811 / .769; the same at temperature .2 .895 / "
-    ".897 / .808 / .729 and .864 / .874 / .798 / .735; 120 epochs .896 / .914 / .828 / .762 and .885 / .900 / "
-    ".845 / .838; crops of at least .7 of the area, batch 32, 60 epochs .903 / .888 / .824 / .689 and .875 / "
-    ".885 / .847 / .758; batch 32, learning rate 5e-3, 60 epochs .905 / .913 / .836 / .759 and .880 / .901 / "
-    ".856 / .839. The draw with data.seed 0 was scored with two earlier budgets (160 steps at 64 px; 36 epochs "
-    "at 32 px, batch 48), under which CF-SimCLR had hardly begun to learn: differences from SimCLR of -0.8 "
-    "[-3.9, +2.3] AUC points on the rare scanners and -5.2 [-9.6, -0.1] on A; this benchmark uses a draw that "
-    "was not scored before"
+    "image size, batch, learning rate and epochs were chosen on another draw of the world (data.seed 100, "
+    "one training seed, its own test rows), for all arms alike, while looking at SimCLR and at CF-SimCLR "
+    "with true counterfactuals, whose loss needs some hundred steps before it falls. There, disease AUC "
+    "on A / B / C / D (linear probe, all labels; 48 px, test_byobnet, learning rate 2e-3 unless said): "
+    "batch 64, 40 epochs SimCLR .902 / .886 / .805 / .706, CF-SimCLR .863 / .860 / .811 / .769; the same "
+    "at temperature .2 .895 / .897 / .808 / .729 and .864 / .874 / .798 / .735; 120 epochs .896 / .914 / "
+    ".828 / .762 and .885 / .900 / .845 / .838; crops of at least .7 of the area, batch 32, 60 epochs "
+    ".903 / .888 / .824 / .689 and .875 / .885 / .847 / .758; batch 32, learning rate 5e-3, 60 epochs "
+    ".905 / .913 / .836 / .759 and .880 / .901 / .856 / .839. The draw with data.seed 0 was scored with "
+    "two earlier budgets (160 steps at 64 px; 36 epochs at 32 px, batch 48), under which CF-SimCLR had "
+    "hardly begun to learn: differences from SimCLR of -0.8 [-3.9, +2.3] AUC points on the rare scanners "
+    "and -5.2 [-9.6, -0.1] on A; this benchmark uses a draw that was not scored before"
 )
 SUPERVISED = [
     "name=phantom-supervised",
