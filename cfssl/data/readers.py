@@ -1,4 +1,4 @@
-"""Image files and arrays inside `.npz` files, brought to one size, channel count and depth.
+"""Image files, brought to one size, channel count and depth.
 
 Enter: paths. Leave: images (C, H, W) of uint8 or uint16, and masks (H, W) of 0 and 1. What is wrong with one
 image is a `BadImage`, whose kind the preparation counts, so that a thousand broken files make one message.
@@ -7,17 +7,15 @@ invented.
 """
 
 import io
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
 import tifffile
 from PIL import Image
 
+from cfssl.data.npz import DAMAGE, npz_headers, read_npz, reason
 from cfssl.errors import UserError
 
 ADVICE = {
@@ -30,14 +28,11 @@ ADVICE = {
     "to 1",
     "have a mask that is no mask": "expected 0 and one other value, in the size of the image",
 }
-EXTRAS = {".dcm": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
+NOT_READ = (".dcm", ".nii", ".nii.gz")  # images all the same: in a folder they must not be passed over
+MOST_PIXELS = 1 << 28  # of a TIFF; more is a damaged header, which would ask for all memory
 
-
-# what the decoders raise on damaged files; SyntaxError is Pillow's word for a broken PNG
-DAMAGE = (
-    *(OSError, EOFError, ValueError, SyntaxError, KeyError, IndexError),
-    *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError, cv2.error),
-)
+# What the decoders raise on damaged files. They are written for whole ones and stumble in any way.
+UNREADABLE = (*DAMAGE, AttributeError, AssertionError, Image.DecompressionBombError, cv2.error)
 
 
 class BadImage(Exception):
@@ -56,10 +51,11 @@ def read_image(path: Path) -> np.ndarray:
     read = reader_for(path)
     try:
         pixels = read(path)
-    except DAMAGE as error:
-        raise BadImage("cannot be read", " ".join(str(error).split())[:120] or type(error).__name__) from None
-    if pixels.ndim == 3 and pixels.shape[2] == 4 and (pixels[..., 3] == np.iinfo(pixels.dtype).max).all():
-        pixels = pixels[..., :3]  # an opaque alpha channel says nothing
+    except UNREADABLE as error:
+        raise BadImage("cannot be read", reason(error)) from None
+    if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels.dtype.kind in "ui":
+        opaque = (pixels[..., 3] == np.iinfo(pixels.dtype).max).all()
+        return pixels[..., :3] if opaque else pixels  # an opaque alpha channel says nothing
     return pixels
 
 
@@ -71,15 +67,15 @@ def suffix_of(path: Path) -> str:
 def reader_for(path: Path) -> Callable[[Path], np.ndarray]:
     """The reader of a file's suffix.
 
-    Raises `UserError` where there is none, naming the extra that would read it.
+    Raises `UserError` where there is none.
     """
     suffix = suffix_of(path)
     if suffix in READERS:
         return READERS[suffix]
-    if suffix in EXTRAS:
+    if suffix in NOT_READ:
         raise UserError(
-            f"{path} is a {suffix} file, which needs the extra [{EXTRAS[suffix]}] and is not read by this "
-            "version; convert the images to 16-bit PNG or TIFF."
+            f"{path} is a {suffix} file, which this version does not read; convert the images to 16-bit PNG "
+            "or TIFF."
         )
     raise UserError(
         f"{path} has the suffix {suffix or '(none)'!r}, which is not read; use one of {', '.join(READERS)}."
@@ -109,8 +105,12 @@ def _read_tiff(path: Path) -> np.ndarray:
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             raise ValueError("palette colours")
+        if page.size > MOST_PIXELS:
+            raise ValueError(f"shape {page.shape}, more than {MOST_PIXELS} values")
         if page.compression in (tifffile.COMPRESSION.LZW, tifffile.COMPRESSION.JPEG) and not inverted:
-            return _decode(path.read_bytes())  # tifffile needs a further package for these two
+            content = path.read_bytes()  # tifffile needs a further package for these two
+            Image.open(io.BytesIO(content)).load()  # refuses damage, for which cv2 returns half an image
+            return _decode(content)  # cv2 keeps 16-bit RGB
         pixels = page.asarray()
         if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
             pixels = pixels.transpose(1, 2, 0)
@@ -118,10 +118,10 @@ def _read_tiff(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        if len(file.files) != 1:
-            raise ValueError(f"{len(file.files)} arrays, expected one image")
-        return file[file.files[0]]
+    names = list(npz_headers(path))
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} arrays, expected one image")
+    return read_npz(path, names[0])
 
 
 def _decode(content: bytes) -> np.ndarray:
@@ -154,6 +154,8 @@ def standardise(
     """
     if pixels.ndim not in (2, 3):
         raise BadImage("cannot be read", f"{pixels.ndim} dimensions")
+    if not pixels.size:
+        raise BadImage("cannot be read", f"no pixels in shape {pixels.shape}")
     pixels = _stored(pixels)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.shape[2] not in (1, 3):
@@ -211,57 +213,3 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             pixels = cv2.resize(np.ascontiguousarray(pixels), target[::-1], interpolation=method)
             pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return pixels
-
-
-class ArrayHeader(NamedTuple):
-    """What an array in an `.npz` is, without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-
-
-def npz_headers(path: Path) -> dict[str, ArrayHeader]:
-    """Names, shapes and types of the arrays in an `.npz`.
-
-    Raises `UserError` where it is broken or holds pickled objects.
-    """
-    headers = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as stream:
-                    shape, fortran, dtype = _header(stream)
-                if dtype.hasobject or (fortran and len(shape) > 1):
-                    what = "holds Python objects" if dtype.hasobject else "is stored column by column"
-                    raise UserError(
-                        f"Array {member[:-4]!r} of {path} {what}; save it again as a plain, C-ordered array."
-                    )
-                headers[member.removesuffix(".npy")] = ArrayHeader(shape, dtype)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a readable .npz file ({error}); save it again with numpy.savez_compressed."
-        ) from None
-    return headers
-
-
-def stream_npz(path: Path, name: str) -> Iterator[np.ndarray]:
-    """The items of array `name` along its first axis, one by one; the array is never in memory as a whole."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, _, dtype = _header(stream)
-            size = int(np.prod(shape[1:])) * dtype.itemsize
-            for _ in range(shape[0]):
-                content = stream.read(size)
-                if len(content) < size:
-                    raise ValueError("the array ends early")
-                yield np.frombuffer(content, dtype).reshape(shape[1:])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"Array {name!r} of {path} cannot be read ({error}); save it again with numpy.savez_compressed."
-        ) from None
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)

@@ -16,16 +16,8 @@ import numpy as np
 import pandas as pd
 
 from cfssl.data.columns import AttributeSpec, natural, positives, read_columns, resolve_attribute, typed
-from cfssl.data.readers import (
-    EXTRAS,
-    READERS,
-    ArrayHeader,
-    npz_headers,
-    read_image,
-    reader_for,
-    stream_npz,
-    suffix_of,
-)
+from cfssl.data.npz import ArrayHeader, npz_headers, read_npz, stream_npz
+from cfssl.data.readers import NOT_READ, READERS, read_image, reader_for, suffix_of
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import SPLITS, Attribute, texts
 from cfssl.errors import UserError, listed, nearest, quoted
@@ -167,7 +159,7 @@ def _folder(source: TableSource) -> Source:
     inside = sorted(
         path for path in source.path.rglob("*") if path.is_file() and not path.name.startswith(".")
     )
-    found = [path for path in inside if suffix_of(path) in READERS or suffix_of(path) in EXTRAS]
+    found = [path for path in inside if suffix_of(path) in (*READERS, *NOT_READ)]
     if not found:
         raise UserError(
             f"{source.path} holds no image ({', '.join(READERS)}) in any of its folders; check the path of "
@@ -254,14 +246,13 @@ def _npz_columns(
     """Every array with one value per image is a column."""
     first = next(iter(lengths))
     columns = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in (name.removeprefix(first) for name in headers if name.startswith(first)):
-            shapes = {part: headers[part + name].shape for part in lengths if part + name in headers}
-            if all(shapes.get(part) in ((length,), (length, 1)) for part, length in lengths.items()):
-                values = np.concatenate([arrays[part + name].reshape(-1) for part in lengths])
-                columns[name] = natural(
-                    pd.Series(np.char.decode(values) if values.dtype.kind == "S" else values), missing
-                )
+    for name in (name.removeprefix(first) for name in headers if name.startswith(first)):
+        shapes = {part: headers[part + name].shape for part in lengths if part + name in headers}
+        if all(shapes.get(part) in ((length,), (length, 1)) for part, length in lengths.items()):
+            values = np.concatenate([read_npz(path, part + name).reshape(-1) for part in lengths])
+            columns[name] = natural(
+                pd.Series(np.char.decode(values) if values.dtype.kind == "S" else values), missing
+            )
     return pd.DataFrame(columns, index=pd.RangeIndex(sum(lengths.values())))
 
 
