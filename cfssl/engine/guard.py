@@ -1,4 +1,4 @@
-"""Gradient clipping, and skipping of exploding steps relative to a running median.
+"""Skipping of exploding steps relative to a running median of gradient norms.
 
 A fixed skip threshold can deadlock a run: once the norm sits above it every step is skipped for ever. Here a
 step is skipped when its norm is not finite or exceeds `skip_factor` times the median of the norms lately
@@ -8,10 +8,7 @@ an error instead of pretending to train.
 
 import math
 import statistics
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from cfssl.errors import UserError
 
@@ -21,23 +18,19 @@ PATIENCE = 20  # consecutive skips that end the run
 
 
 class GradientGuard:
-    """`clip`: maximal gradient norm, None for no clipping. `skip_factor`: None for skipping only non-finite
-    norms."""
+    """`skip_factor`: see above, None for skipping only non-finite norms."""
 
-    def __init__(self, clip: float | None, skip_factor: float | None) -> None:
-        self.clip, self.skip_factor = clip, skip_factor
+    def __init__(self, skip_factor: float | None) -> None:
+        self.skip_factor = skip_factor
         self.norms: list[float] = []
         self.consecutive = 0
         self.skipped = 0
 
-    def allows(self, parameters: Iterable[torch.nn.Parameter]) -> tuple[bool, float]:
-        """Clips the gradients in place; returns (whether to take the step, norm before clipping).
+    def allows(self, norm: float) -> bool:
+        """Whether to take the step whose gradients have this norm before clipping.
 
         Raises `UserError` after 20 skips in a row.
         """
-        found = [parameter for parameter in parameters if parameter.grad is not None]
-        limit = self.clip if self.clip is not None else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(found, limit))
         finite = math.isfinite(norm)
         settled = len(self.norms) >= SETTLE
         too_large = (
@@ -49,24 +42,20 @@ class GradientGuard:
             self.norms = [*self.norms[1 - WINDOW :], norm]
         if finite and not too_large:
             self.consecutive = 0
-            return True, norm
+            return True
         self.consecutive += 1
         self.skipped += 1
         if self.consecutive >= PATIENCE:
             raise UserError(
                 f"Training stopped: {PATIENCE} steps in a row were skipped because their gradient norm was "
                 f"{'above the running median' if finite else 'not finite'} (last norm {norm:.3g}); lower "
-                "the learning rate "
-                "or look at the data."
+                "the learning rate or look at the data."
             )
-        return False, norm
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"norms": self.norms, "consecutive": self.consecutive, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.norms, self.consecutive, self.skipped = (
-            list(state["norms"]),
-            state["consecutive"],
-            state["skipped"],
-        )
+        self.norms = list(state["norms"])
+        self.consecutive, self.skipped = state["consecutive"], state["skipped"]

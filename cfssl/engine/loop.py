@@ -10,6 +10,7 @@ with the same weights, bit for bit on the CPU.
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.guard import GradientGuard
+from cfssl.engine.meter import Meter
 from cfssl.engine.progress import ProgressBar
-from cfssl.engine.run import Run
+from cfssl.engine.run import Run, torch_threads
 from cfssl.engine.schedules import warmup_cosine
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
@@ -46,7 +48,8 @@ class TrainSettings:
     """AdamW with linear warm-up and cosine decay. `batch` images per optimiser step, in `accumulate` equal
     micro-batches whose gradients are averaged. `warmup`: share of all steps. Weight decay spares biases and
     norm scales. `clip`: maximal gradient norm. `skip_factor`: skip steps whose norm exceeds this many running
-    medians (see guard.py). `seed`: of weights, order, views and noise."""
+    medians (see guard.py); such a step, or one that is not finite while clip or skip_factor is given,
+    leaves everything as it was. `seed`: of weights, order, views and noise."""
 
     epochs: Count = 50
     batch: Count = 256
@@ -66,32 +69,37 @@ class TrainSettings:
 def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, label: str) -> bool:
     """Trains `task` in place and returns whether it got to the end (False when `run.stop_at` came first).
 
-    Continues from the run's checkpoint when there is one. Raises `UserError` when the loss stops being
-    finite, when the guard gives up, or when the checkpoint belongs to another task.
+    Continues from the run's checkpoint when there is one. Raises `UserError` when loss or weights stop being
+    finite, when the guard gives up, or when the checkpoint belongs to another task or schedule.
     """
     from lightning_fabric import Fabric
 
-    hardware = run.hardware
-    if hardware.threads is not None:
-        torch.set_num_threads(hardware.threads)
-    fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
+    from cfssl.engine.precision import create_precision
+
+    hardware, steps = run.hardware, len(data)
+    fabric = Fabric(accelerator=hardware.device.type, devices=1, plugins=create_precision(hardware))
     fabric.launch()
-    steps = len(data)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # of the loss, under 16-mixed
     warmup = round(settings.warmup * steps)
-    # The fused kernel reads and writes every parameter once, on CPU and GPU alike.
     optimizer = torch.optim.AdamW(
-        weight_decay_groups(task, settings.weight_decay), lr=settings.lr, betas=settings.betas, fused=True
+        weight_decay_groups(task, settings.weight_decay),
+        lr=settings.lr,
+        betas=settings.betas,
+        # Reads and writes every parameter once, on CPU and GPU alike, but keeps scaled gradients to itself.
+        fused=scaler is None,
     )
     model, optimizer = fabric.setup(task, optimizer)
-    guard = GradientGuard(settings.clip, settings.skip_factor)
     guarded = settings.clip is not None or settings.skip_factor is not None
-    meter = Meter()
+    clip = math.inf if settings.clip is None else settings.clip
+    guard, meter = GradientGuard(settings.skip_factor), Meter()
 
     def snapshot(step: int) -> dict[str, Any]:
         return {
             "step": step,
+            "schedule": schedule(settings, steps),
             "task": task.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(),
             "guard": guard.state_dict(),
             "meter": meter.state_dict(),
         }
@@ -101,7 +109,9 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
         state = load_checkpoint(run.checkpoint_path)
         step = state["step"]
         restore(task, state["task"], run)
+        refuse_other_schedule(state["schedule"], schedule(settings, steps), run)
         optimizer.load_state_dict(state["optimizer"])
+        fabric.strategy.precision.load_state_dict(state["precision"])
         guard.load_state_dict(state["guard"])
         meter.load_state_dict(state["meter"])
     else:
@@ -113,7 +123,8 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
     last = steps if run.stop_at is None else min(steps, run.stop_at)
     model.train()
     batches = timed(loader(data, range(step, last), hardware.workers))
-    with ProgressBar(label, total=steps, done=step, quiet=run.quiet) as bar, torch.random.fork_rng():
+    bar = ProgressBar(label, total=steps, done=step, quiet=run.quiet)
+    with bar, torch.random.fork_rng(), torch_threads(hardware.threads):
         for step, (micro_batches, waited) in zip(range(step, last), batches, strict=True):  # noqa: B020
             lr = warmup_cosine(step, steps, settings.lr, settings.lr * settings.final_lr_share, warmup)
             for group in optimizer.param_groups:
@@ -121,28 +132,47 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
             # Layers that draw from the global generator (dropout) get a stream that is a function of seed and
             # step.
             torch.manual_seed(derive_seed(settings.seed, "step", step))
+            buffers = [buffer.clone() for buffer in task.buffers()] if guarded else []
+            found = []
             for index, batch in enumerate(micro_batches):
                 with fabric.no_backward_sync(model, enabled=index < len(micro_batches) - 1):
                     parts = model(fabric.to_device(batch), step)
                     fabric.backward(parts["loss"] / len(micro_batches))
-                meter.add(parts, 1 / len(micro_batches))
-            taken, norm = guard.allows(task.parameters()) if guarded else (True, None)
+                found.append({name: value.detach() for name, value in parts.items()})
+            taken = True
+            if guarded:
+                # Clips in place; takes the loss scale out of the gradients first.
+                norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+                assert norm is not None
+                taken = guard.allows(float(norm))
+                found = [{**parts, "gradient_norm": norm} for parts in found]
             if taken:
                 optimizer.step()
+                task.after_step(step)  # type: ignore[operator]
+                meter.add(found)
+            else:  # as if the step had not been: batch statistics have seen the bad batch
+                for buffer, before in zip(task.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+                if scaler is not None:
+                    scaler.update()  # lowers the scale after an overflow
             optimizer.zero_grad()
-            task.after_step(step)  # type: ignore[operator]
 
-            if (step + 1) % settings.log_every == 0 or step + 1 == steps:
+            if ((step + 1) % settings.log_every == 0 or step + 1 == steps) and meter.steps:
                 means = meter.means()
                 if not math.isfinite(means["loss"]):
                     raise UserError(
                         f"{label}: the loss is {means['loss']} at step {step}; lower the learning rate "
                         f"({lr:.3g})."
                     )
-                guard_state = {} if norm is None else {"gradient_norm": norm, "skipped": guard.skipped}
-                run.log({"step": step, **means, "lr": lr, **guard_state})
+                skipped = {"skipped": guard.skipped} if guarded else {}
+                run.log({"step": step, **means, "lr": lr, **skipped})
                 bar.note = f"loss {means['loss']:.4f}"
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last:
+                if not (meter.is_finite and all_finite(task)):
+                    raise UserError(
+                        f"{label}: loss or weights are not finite after step {step}; {run.checkpoint_path} "
+                        f"keeps an earlier step. Lower the learning rate ({lr:.3g})."
+                    )
                 save_checkpoint(run.checkpoint_path, snapshot(step + 1))
             bar.advance(items=sum(len(batch) for batch in micro_batches), waited=waited, note=bar.note)
     return last == steps
@@ -167,6 +197,30 @@ def restore(task: nn.Module, state: dict[str, torch.Tensor], run: Run) -> None:
             f"{len(unexpected)} unknown, e.g. {[*missing, *unexpected][0]}); use another run folder or "
             "delete it."
         )
+
+
+def schedule(settings: TrainSettings, steps: int) -> dict[str, Any]:
+    """What a continued run must have in common with its checkpoint: everything that moves the weights."""
+    found = asdict(settings) | {"betas": list(settings.betas), "steps": steps}
+    return {name: value for name, value in found.items() if name not in ("log_every", "checkpoint_every")}
+
+
+def refuse_other_schedule(found: dict[str, Any], expected: dict[str, Any], run: Run) -> None:
+    """Raises `UserError` with what differs between the checkpoint's settings and this run's."""
+    differing = [name for name in expected if found.get(name) != expected[name]]
+    if differing:
+        made, wanted = (
+            ", ".join(f"{name} {values.get(name)}" for name in differing) for values in (found, expected)
+        )
+        raise UserError(
+            f"The checkpoint {run.checkpoint_path} was made with {made}, and this run has {wanted}; go on "
+            "with the same settings, use another run folder or delete it."
+        )
+
+
+def all_finite(task: nn.Module) -> bool:
+    """Whether every weight is a finite number; one synchronisation."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in task.parameters()]).all())
 
 
 def loader(data: StepData, steps: range, workers: int) -> Iterable[list[Any]]:
@@ -207,31 +261,3 @@ def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         except StopIteration:
             return
         yield batch, time.monotonic() - started
-
-
-class Meter:
-    """Means of loss parts since the last line logged; kept on the device so that only logging
-    synchronises."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.weight = 0.0
-
-    def add(self, parts: dict[str, torch.Tensor], weight: float) -> None:
-        for name, value in parts.items():
-            addend = value.detach().double() * weight
-            self.sums[name] = self.sums[name] + addend if name in self.sums else addend
-        self.weight += weight
-
-    def means(self) -> dict[str, float]:
-        """The means; starts again from nothing."""
-        means = {name: float(value) / self.weight for name, value in self.sums.items()}
-        self.sums, self.weight = {}, 0.0
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: float(value) for name, value in self.sums.items()}, "weight": self.weight}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
-        self.weight = state["weight"]

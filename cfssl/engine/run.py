@@ -1,6 +1,8 @@
 """A run: where it writes and the hardware it uses. Handed to everything that trains."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -9,6 +11,8 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from cfssl.errors import UserError
+from cfssl.files import write_text
 from cfssl.settings import STRICT, Count
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -16,8 +20,9 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 @settings(frozen=True, config=STRICT)
 class HardwareSettings:
-    """`accelerator` and `precision` as Lightning Fabric takes them; `workers`: data loading processes, 0
-    loads in the main one; `threads` of the numerical libraries, None for their own choice."""
+    """`accelerator`: "auto" takes a GPU where there is one. `precision` as Lightning Fabric names it;
+    `workers`: data loading processes, 0 loads in the main one; `threads` of torch, None for its own
+    choice."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Precision = "32-true"
@@ -26,8 +31,22 @@ class HardwareSettings:
 
     @property
     def device(self) -> torch.device:
-        """Where trained models are used."""
+        """Where models are trained and used. Raises `UserError` when a GPU is asked for and there is none."""
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise UserError("hardware.accelerator is gpu, and torch finds none here; set it to auto or cpu.")
         return torch.device("cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch computes with `count` threads inside, and with as many as before afterwards; None changes
+    nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Tracker(Protocol):
@@ -78,7 +97,7 @@ class Run:
         if self.metrics_path.exists():
             lines = read_metrics(self.metrics_path)
             text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] < step)
-            self.metrics_path.write_text(text, encoding="utf-8")
+            write_text(self.metrics_path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,18 @@
 """The loop: resume is bitwise, accumulation keeps a mean over images as it is, bad states stop it."""
 
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from cfssl.data.views import ViewBatch, split
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -25,11 +31,17 @@ class Regression(nn.Module):
     """A small network with dropout, a buffer moved once per step, and a loss that is a mean over the
     batch."""
 
-    def __init__(self, dropout: float = 0.2) -> None:
+    def __init__(self, dropout: float = 0.2, norm: bool = False) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 1))
+            self.net = nn.Sequential(
+                nn.Linear(5, 16),
+                nn.BatchNorm1d(16) if norm else nn.Identity(),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(16, 1),
+            )
         self.register_buffer("steps_seen", torch.zeros(()))
 
     def forward(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
@@ -41,28 +53,47 @@ class Regression(nn.Module):
 
 
 class Numbers:
-    def __init__(self, steps: int = 60, batch: int = 16, parts: int = 1, poison: int | None = None) -> None:
-        self.steps, self.batch, self.parts, self.poison = steps, batch, parts, poison
+    """Batches (16, 5) of normal numbers. `factors`: by step, what they are multiplied with. `kill_at`: the
+    step at which the process dies."""
+
+    def __init__(
+        self,
+        steps: int = 60,
+        parts: int = 1,
+        factors: dict[int, float] | None = None,
+        kill_at: int | None = None,
+    ) -> None:
+        self.steps, self.parts, self.factors, self.kill_at = steps, parts, factors or {}, kill_at
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> list[torch.Tensor]:
-        batch = torch.randn(self.batch, 5, generator=torch_generator("numbers", step))
-        if step == self.poison:
-            batch = batch * float("nan")
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch = torch.randn(16, 5, generator=torch_generator("numbers", step)) * self.factors.get(step, 1.0)
         return list(batch.chunk(self.parts))
 
 
 def train(
-    folder: Path, stop_at: int | None = None, data: Numbers | None = None, **options: float
+    folder: Path,
+    stop_at: int | None = None,
+    data: Numbers | None = None,
+    task: Regression | None = None,
+    hardware: HardwareSettings = CPU,
+    **options: Any,
 ) -> Regression:
-    settings = TrainSettings(
-        lr=1e-2, clip=10.0, skip_factor=50.0, log_every=7, checkpoint_every=1000, **options
-    )  # type: ignore[arg-type]
-    task = Regression()
-    fit(task, data or Numbers(), settings, Run(folder, CPU, quiet=True, stop_at=stop_at), "test")
+    """Trains for 60 steps with the guard on."""
+    defaults = {"lr": 1e-2, "clip": 10.0, "skip_factor": 50.0, "log_every": 7, "checkpoint_every": 1000}
+    task = task or Regression()
+    run = Run(folder, hardware, quiet=True, stop_at=stop_at)
+    fit(task, data or Numbers(), TrainSettings(**(defaults | options)), run, "test")
     return task
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    found, expected = first.state_dict(), second.state_dict()
+    return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_stopped_at_any_step_and_continued_it_ends_bitwise_equal(tmp_path: Path) -> None:
@@ -72,10 +103,38 @@ def test_stopped_at_any_step_and_continued_it_ends_bitwise_equal(tmp_path: Path)
         folder = tmp_path / f"stop{stop}"
         train(folder, stop_at=stop)
         train(folder, stop_at=min(stop + 5, 60))
-        resumed = train(folder)
-        for name, value in whole.state_dict().items():
-            assert torch.equal(resumed.state_dict()[name], value), (stop, name)
+        assert same_weights(train(folder), whole)
         assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+KILLED = """
+import runpy, sys
+from pathlib import Path
+tests = runpy.run_path(sys.argv[1])
+tests["train"](Path(sys.argv[2]), data=tests["Numbers"](kill_at=40), checkpoint_every=15)
+"""
+
+
+def test_killed_between_checkpoints_it_does_the_lost_steps_again_and_logs_each_once(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, __file__, str(folder)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert load_checkpoint(folder / "checkpoint.safetensors")["step"] == 30
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 34  # beyond the checkpoint
+    assert same_weights(train(folder, checkpoint_every=15), whole)
+    assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_guard_knows_the_norms_of_before(tmp_path: Path) -> None:
+    """The outlier comes 5 steps after the stop, before a guard without memory would judge any norm."""
+    data = Numbers(factors={35: 100.0})
+    whole = train(tmp_path / "whole", data=data)
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1]["skipped"] == 1
+    train(tmp_path / "parts", data=data, stop_at=30)
+    assert same_weights(train(tmp_path / "parts", data=data), whole)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
 
 
 def test_training_learns_and_logs_every_stated_step(tmp_path: Path) -> None:
@@ -150,22 +209,112 @@ def test_the_global_generator_is_left_as_it_was_and_does_not_matter(tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_checkpoint_is_written_and_read_back_before_the_first_step(tmp_path: Path) -> None:
-    train(tmp_path, stop_at=0)
-    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 0
+def test_a_checkpoint_is_written_and_read_back_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "whole", stop_at=0)
+    assert load_checkpoint(tmp_path / "whole" / "checkpoint.safetensors")["step"] == 0
+
+    def lose_half(path: Path, state: Any) -> None:
+        save_checkpoint(path, state)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    class NeverRead(Numbers):
+        def __getitem__(self, step: int) -> list[torch.Tensor]:
+            raise AssertionError("training has begun")
+
+    monkeypatch.setattr("cfssl.engine.loop.save_checkpoint", lose_half)
+    with pytest.raises(UserError, match="cannot be read"):
+        train(tmp_path / "disk", data=NeverRead())
 
 
-def test_a_single_poisoned_step_is_skipped_and_a_lasting_one_is_an_error(tmp_path: Path) -> None:
-    settings = TrainSettings(lr=1e-2, log_every=1000, skip_factor=10)
-    task = Regression()
-    with pytest.raises(UserError, match="the loss is nan"):
-        fit(task, Numbers(poison=30), settings, Run(tmp_path, CPU, quiet=True), "test")
-    # reported when the mean is logged; the weights were protected
-    assert all(torch.isfinite(value).all() for value in task.parameters())
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e6])
+def test_a_single_bad_step_is_as_if_it_had_not_been(tmp_path: Path, factor: float) -> None:
+    """Weights, moments, batch statistics and the logged means are those of the steps before and after."""
+
+    def run(folder: Path, log_every: int, **options: Any) -> Regression:
+        data = Numbers(factors={30: factor})
+        return train(folder, data=data, task=Regression(norm=True), log_every=log_every, **options)
+
+    states = []
+    for stop in (30, 31):
+        run(tmp_path, 1000, stop_at=stop)
+        found = load_checkpoint(tmp_path / "checkpoint.safetensors")
+        assert (found["step"], found["guard"]["skipped"]) == (stop, stop - 30)
+        states.append(tree_leaves([found["task"], found["optimizer"]["state"], found["meter"]]))
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*states, strict=True))
+    task = run(tmp_path, 1000)
+    assert task.steps_seen == 59
+    assert all(torch.isfinite(value).all() for value in task.state_dict().values())
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(math.isfinite(value) for value in line.values())
+    assert line["skipped"] == 1
+    # a line would be about no step at all when the only step since the last was skipped
+    run(tmp_path / "each", 1)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "each" / "metrics.jsonl")] == [
+        step for step in range(60) if step != 30
+    ]
+
+
+def test_gradients_are_clipped_to_the_stated_norm(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(Regression):
+        def after_step(self, step: int) -> None:
+            gradient = torch.cat([value.grad.flatten() for value in self.parameters()])
+            seen.append(float(gradient.norm()))
+
+    train(tmp_path, task=Watched(), clip=0.5, skip_factor=None, log_every=1)
+    norms = [line["gradient_norm"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert max(norms) > 1  # before clipping
+    assert seen == pytest.approx([min(norm, 0.5) for norm in norms], rel=1e-4)
+
+
+def test_without_the_guard_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step 34; lower the learning rate"):
+        train(tmp_path, data=Numbers(factors={30: math.nan}), clip=None, skip_factor=None)
+
+
+def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path: Path) -> None:
+    """Saved between two lines of the log, it would end every later start."""
+    off = {"clip": None, "skip_factor": None, "checkpoint_every": 8}
+    with pytest.raises(UserError, match=r"loss or weights are not finite after step 31; .* keeps an earlier"):
+        train(tmp_path, data=Numbers(factors={30: math.nan}), log_every=1000, **off)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 24
+    mended = train(tmp_path, log_every=1000, **off)
+    assert same_weights(mended, train(tmp_path / "never bad", **off))
+
+
+def test_another_schedule_is_refused_with_what_differs(tmp_path: Path) -> None:
+    train(tmp_path, stop_at=10)
+    with pytest.raises(UserError, match=r"was made with lr 0\.01, and this run has lr 0\.02; go on"):
+        train(tmp_path, lr=2e-2)
+    with pytest.raises(UserError, match=r"was made with steps 60, and this run has steps 61"):
+        train(tmp_path, data=Numbers(steps=61))
+    train(tmp_path, log_every=5, checkpoint_every=7)  # these do not move the weights
+
+
+def test_the_thread_count_is_the_stated_one_in_training_and_the_old_one_after(tmp_path: Path) -> None:
+    seen = set()
+
+    class Watched(Regression):
+        def after_step(self, step: int) -> None:
+            seen.add(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    train(tmp_path, task=Watched(), hardware=HardwareSettings(accelerator="cpu", threads=before + 1))
+    assert seen == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"hardware\.accelerator is gpu, and torch finds none"):
+        train(tmp_path, hardware=HardwareSettings(accelerator="gpu"))
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
-    state = {"step": 3, "task": {"other": torch.zeros(1)}, "optimizer": {}, "guard": {}, "meter": {}}
+    state = {"step": 3, "task": {"other": torch.zeros(1)}}
     save_checkpoint(tmp_path / "checkpoint.safetensors", state)
     with pytest.raises(UserError, match="belongs to another model"):
         train(tmp_path)
@@ -175,6 +324,25 @@ def test_a_metrics_line_cut_short_by_a_kill_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+def test_metrics_survive_when_forgetting_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    for step in range(5):
+        run.log({"step": step})
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.forget_metrics_after(3)
+    assert [line["step"] for line in read_metrics(run.metrics_path)] == [0, 1, 2, 3, 4]
+    run.forget_metrics_after(3)
+    assert [line["step"] for line in read_metrics(run.metrics_path)] == [0, 1, 2]
 
 
 def test_weight_decay_spares_vectors_and_every_parameter_is_in_one_group() -> None:
