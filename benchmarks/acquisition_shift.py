@@ -48,7 +48,7 @@ PHANTOM = WORLD  # the recipes hold the budget
 HAM = [
     "hardware.threads=1",
     "hardware.accelerator=cpu",
-    "train.epochs=40",
+    "train.epochs=24",
     "generator.train.epochs=6",
 ]
 BUDGET = (
