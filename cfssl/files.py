@@ -1,15 +1,22 @@
-"""Files that are either whole or absent: everything is written under a temporary name, flushed to disk and
-renamed."""
+"""Files and folders that are either whole or absent: everything is written under a temporary name, flushed to
+disk and renamed."""
 
+import hashlib
 import json
+import math
 import os
+import platform
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cfssl.errors import UserError
+
+WEEK = 7 * 24 * 3600.0
 
 
 @contextmanager
@@ -29,6 +36,106 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; when the block ends well it is renamed to `path`, replacing
+    what is there, else it is removed. Of two writers the later one stays.
+
+    The files in it are the block's to flush. What killed writers of `path` left behind is removed first.
+    """
+    with made_folders(path.parent):
+        prefix = f".{path.name}.{_machine()}-{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".part"))
+        try:
+            _remove_left_behind(path, temporary)
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes private folders; results are shared with colleagues
+            _put_in_place(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made_folders(path: Path) -> Iterator[None]:
+    """Makes the folder `path` and its parents; when the block fails, those made here are removed again,
+    unless something lies in them."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Renames, moving what is in the way aside first."""
+    fsync_directory(temporary)
+    aside = temporary.with_suffix(".old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        if not path.exists():  # else another process put the same there in between, which is as good
+            raise
+    fsync_directory(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_left_behind(path: Path, fresh: Path) -> None:
+    """Removes temporary folders of `path` whose writers are certainly gone.
+
+    Locks mean little on shared file systems, and process numbers nothing on another machine. So a folder of
+    this machine goes when its process is gone (a number used again keeps it), and one of another machine when
+    nothing was written in it for a week, by the clock of the file server: that of `fresh`, just made.
+    """
+    now = fresh.stat().st_mtime
+    name = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]+)-([0-9]+)\.\w+\.(part|old)")
+    for part in list(path.parent.iterdir()):
+        if not (found := name.fullmatch(part.name)):
+            continue
+        if found[1] == _machine():
+            gone = not _is_alive(int(found[2]))
+        else:
+            gone = now - _last_written(part) > WEEK
+        if gone:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    """When the folder or a file in it was written last; never, if another process has just removed it."""
+    try:
+        return max(found.stat().st_mtime for found in (folder, *folder.iterdir()))
+    except FileNotFoundError:
+        return math.inf
+
+
+def _machine() -> str:
+    """Names the processes among which a number is one process: this start of this machine, and the container
+    in it."""
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        names = f"{start} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116  the link's own target
+    except OSError:
+        names = platform.node()
+    return hashlib.blake2b(names.encode(), digest_size=6).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def fsync_directory(path: Path) -> None:

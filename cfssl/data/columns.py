@@ -3,13 +3,14 @@
 Enter: a CSV or Parquet file, and what the user declares of its columns. Leave: columns of numbers or text,
 and `Attribute`s.
 
-Empty cells (and NaN) are missing; other tokens ("unknown") only where `missing` lists them. A column of text
-becomes numbers only if every present cell is a finite number without leading zeros.
+Empty cells (and NaN) are missing; other tokens ("unknown") only where `missing` lists them. In a column whose
+categories are inferred, a text that usually means missing is refused: it would become a category. A column
+of text becomes numbers only if every present cell is a number without leading zeros.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,19 @@ from cfssl.settings import STRICT
 
 CONTINUOUS_FROM = 11  # numeric columns with fewer different whole numbers are grades, not measurements
 CATEGORIES_UP_TO = 20  # text columns with more different values are free text
+USUALLY_MISSING = ("nan", "na", "n/a", "null", "none", "?", "unknown")
+MISSING, SPACES, INFINITE = (
+    "texts that usually mean a missing value",
+    "values that differ only by spaces around them",
+    "numbers that are not finite",
+)
+DOUBTS = {
+    MISSING: "name them in `missing`, or declare the attribute's `categories` if they are values",
+    SPACES: "correct them, or declare the attribute's `categories`",
+    INFINITE: "correct them, or name them in `missing`",
+}
+
+Where = Mapping[str, Sequence[Any] | Literal["present"]]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -67,22 +81,136 @@ def read_columns(path: Path, missing: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def natural(column: pd.Series, missing: Sequence[str] = ()) -> pd.Series:
-    """A raw column as float64 or text; empty cells and the tokens in `missing` become NaN."""
+    """A raw column as float64 or text; empty cells, the tokens in `missing` and, among numbers, NaN are
+    missing."""
     if column.dtype.kind in "iuf" and not (column.dtype.kind in "iu" and column.abs().max() > 2**53):
-        numbers = pd.Series(column.to_numpy(np.float64, na_value=np.nan), index=column.index)
-        return numbers.mask(texts(column).isin(list(missing)))
+        values = pd.Series(column.to_numpy(np.float64, na_value=np.nan), index=column.index)
+        return values.mask(texts(column).isin(list(missing)))
     text = texts(column)
     text = text.mask(text.isin(["", *missing]))
     present = text.dropna()
-    numbers = pd.to_numeric(present, errors="coerce").astype(np.float64)
-    if (
-        len(present)
-        and np.isfinite(numbers).all()
-        and not present.str.match(r"[+-]?0\d").any()
-        and numbers.abs().max() <= 2**53
-    ):
-        return numbers.reindex(text.index)
-    return text
+    numbers = _numbers(present[present.str.strip().str.lower() != "nan"])
+    return text if numbers is None else numbers.reindex(text.index)
+
+
+def _numbers(values: pd.Series) -> pd.Series | None:
+    """Texts as numbers (which may be infinite), None where not all are numbers, or where they are written or
+    so large that they would not come back."""
+    numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
+    written = values.str.match(r"[+-]?0\d").any()
+    large = numbers.abs().between(2**53, np.inf, inclusive="neither").any()
+    return numbers if len(values) and numbers.notna().all() and not written and not large else None
+
+
+class Selected(NamedTuple):
+    """The remaining rows (index kept), the attributes, and why other columns are none."""
+
+    frame: pd.DataFrame
+    attributes: dict[str, Attribute]
+    left_out: dict[str, str]
+
+
+def select(
+    frame: pd.DataFrame,
+    path: Path,
+    specs: Mapping[str, AttributeSpec],
+    where: Where,
+    group: str | None = None,
+    ignore: Mapping[str, str | None] | None = None,
+) -> Selected:
+    """Derived columns, then `where`, then types.
+
+    path: names the table in messages. ignore: columns that are not taken for attributes unless declared, and
+    why (None for those which have another role). Raises one `UserError` for all inferred columns in doubt.
+    """
+    passed_over = {**(ignore or {}), "split": None, **({group: None} if group else {})}
+    derived = {}
+    for name, spec in specs.items():
+        column = spec.column or name
+        require(frame, column, path, f"column for attribute {name!r}")
+        if name == "split" or (spec.column not in (None, name) and name in frame.columns):
+            raise UserError(
+                f"Attribute {name!r} has the name of another column of {path}; choose another name."
+            )
+        derived[name] = positives(name, spec, frame[column]) if spec.positive else frame[column]
+        if spec.column and not spec.positive:
+            passed_over[spec.column] = None  # renamed
+    frame = _filtered(frame.assign(**derived), path, where)
+    if group is not None:
+        require(frame, group, path, "group column")
+        frame[group] = texts(frame[group])
+    attributes: dict[str, Attribute] = {}
+    left_out: dict[str, str] = {}
+    doubts: dict[str, list[str]] = {}
+    for name in [*specs, *(column for column in frame.columns if column not in {*specs, *passed_over})]:
+        for what, found in doubtful(frame[name], specs.get(name)).items():
+            doubts.setdefault(what, []).append(f"{name!r} ({quoted(found)})")
+        if doubts:
+            continue
+        if name not in specs and (why := no_attribute(frame[name])):
+            left_out[name] = why
+        else:
+            attributes[name] = resolve_attribute(name, frame[name], specs.get(name))
+    if doubts:
+        raise UserError(
+            " ".join(
+                f"Columns of {path} hold {what}: {', '.join(found)}; {DOUBTS[what]}."
+                for what, found in doubts.items()
+            )
+        )
+    left_out |= {name: why for name, why in passed_over.items() if why and name not in specs}
+    return Selected(typed(frame, attributes), attributes, left_out)
+
+
+def doubtful(column: pd.Series, spec: AttributeSpec | None = None) -> dict[str, list[str]]:
+    """What needs the user's word before a column becomes an attribute: a key of `DOUBTS` -> the values found.
+    Declared categories are taken as they are, and a declared continuous attribute is checked later."""
+    if spec is not None and (spec.categories or spec.positive or spec.kind == "continuous"):
+        return {}
+    present = column.dropna()
+    if present.dtype.kind == "f":
+        found = {INFINITE: texts(present[np.isinf(present)]).unique().tolist()}
+    else:
+        values = pd.Series(present.unique(), dtype="str")
+        bare = values.str.strip()
+        tokens = bare.str.lower().isin(USUALLY_MISSING)
+        if (spec is None or spec.kind is None) and no_attribute(column) and _numbers(bare[~tokens]) is None:
+            return {}  # free text, in which any word may stand
+        twins = bare.duplicated(keep=False) & ~tokens
+        found = {MISSING: values[tokens].tolist(), SPACES: values[twins].tolist()}
+    return {what: values for what, values in found.items() if values}
+
+
+def _filtered(frame: pd.DataFrame, path: Path, where: Where) -> pd.DataFrame:
+    keep = np.ones(len(frame), dtype=bool)
+    for column, accepted in where.items():
+        require(frame, column, path, "column for `where`")
+        if isinstance(accepted, str):
+            if accepted != "present":
+                raise UserError(
+                    f"`where.{column}` is {accepted!r}; give a list of accepted values, or the word present."
+                )
+            keep &= frame[column].notna().to_numpy()
+            continue
+        held = texts(frame[column])
+        values = texts(pd.Series(list(accepted), dtype=object))
+        strange = values[~values.isin(held.dropna())]
+        if len(strange):
+            known = held.dropna().unique()
+            raise UserError(
+                f"`where.{column}` accepts what {path} does not hold: "
+                f"{'; '.join(f'{value!r}{nearest(value, known)}' for value in strange)}."
+            )
+        keep &= held.isin(values).to_numpy()
+    if not keep.any():
+        raise UserError(f"The filters `where` ({quoted(where)}) together leave no row of {path}; relax them.")
+    return frame[keep].copy()
+
+
+def require(frame: pd.DataFrame, column: str, path: Path, what: str) -> None:
+    """Raises `UserError` where the frame has no such column."""
+    if column not in frame.columns:
+        raise UserError(f"{path} has no {what} {column!r}{nearest(column, frame.columns)}.")
 
 
 def positives(name: str, spec: AttributeSpec, column: pd.Series) -> pd.Series:
@@ -103,29 +231,27 @@ def positives(name: str, spec: AttributeSpec, column: pd.Series) -> pd.Series:
     return values.map(lambda value: names[value in wanted], na_action="ignore").astype("str")
 
 
-def resolve_attribute(name: str, column: pd.Series, spec: AttributeSpec | None = None) -> Attribute | None:
-    """Kind and categories as declared, the rest inferred; None for an undeclared column that is no attribute.
+def resolve_attribute(name: str, column: pd.Series, spec: AttributeSpec | None = None) -> Attribute:
+    """Kind and categories as declared, the rest inferred; `declared` is True when the user gave the kind.
 
-    `declared` is True when the user gave the kind. Inferred: two values make a binary attribute; numbers
-    with fractions or more than ten values a continuous one; up to ten whole numbers or 20 texts a
-    categorical one. No attributes: constants, text that differs in more than half of the rows, and whole
-    numbers that all differ (identifiers). Raises `UserError` where a declared attribute cannot be resolved.
+    Inferred: two values make a binary attribute; numbers with fractions or more than ten values a continuous
+    one; up to ten whole numbers or 20 texts a categorical one. Raises `UserError` where an attribute cannot
+    be resolved.
     """
-    kind = (spec and (spec.kind or ("binary" if spec.positive else None))) or None
+    spec = spec or AttributeSpec()
+    kind = spec.kind or ("binary" if spec.positive else None)
     declared = kind is not None
-    kind = kind or infer_kind(column)
-    if kind is None:
-        if spec is None:
-            return None
+    if not column.notna().any():
         raise UserError(
-            f"Attribute {name!r} has values that look like identifiers, free text or a constant; declare "
-            "its `kind`."
+            f"Attribute {name!r} has no value in any row; check its column, `missing` and `where`."
         )
+    if kind is None:
+        kind, why = infer_kind(column), no_attribute(column)
+        if why is not None:
+            raise UserError(f"Attribute {name!r} is {why}; declare its `kind`.")
     if kind == "continuous":
-        return Attribute(name, kind, spec.categories if spec else (), declared)
-    categories = tuple(map(str, spec.categories)) if spec else ()
-    if not categories and spec and spec.positive:
-        categories = ("no", "yes")
+        return Attribute(name, kind, spec.categories, declared)
+    categories = tuple(map(str, spec.categories)) or (("no", "yes") if spec.positive else ())
     if not categories:
         present = column.dropna().drop_duplicates().sort_values()  # numbers by value, text by letter
         categories = tuple(texts(present))
@@ -145,18 +271,27 @@ def typed(frame: pd.DataFrame, attributes: Mapping[str, Attribute]) -> pd.DataFr
     return frame.assign(**columns)
 
 
-def infer_kind(column: pd.Series) -> Kind | None:
-    """The kind of an undeclared column, None where it is no attribute. See `resolve_attribute`."""
+def infer_kind(column: pd.Series) -> Kind:
+    """The kind of an undeclared column that is an attribute. See `resolve_attribute`."""
+    present = column.dropna()
+    different = present.nunique()
+    if different == 2:
+        return "binary"
+    if present.dtype.kind == "f" and (different >= CONTINUOUS_FROM or (present % 1 != 0).any()):
+        return "continuous"
+    return "categorical"
+
+
+def no_attribute(column: pd.Series) -> str | None:
+    """Why an undeclared column is no attribute, None where it is one."""
     present = column.dropna()
     different = present.nunique()
     if different < 2:
-        return None
+        return "the same in all rows" if different else "empty"
     if present.dtype.kind == "f":
         whole = bool((present % 1 == 0).all())
-        if whole and different == len(present) >= CONTINUOUS_FROM:
-            return None
-        if different > 2 and (different >= CONTINUOUS_FROM or not whole):
-            return "continuous"
-    elif different > CATEGORIES_UP_TO or different > len(present) / 2:
-        return None
-    return "binary" if different == 2 else "categorical"
+        identifiers = whole and different == len(present) >= CONTINUOUS_FROM
+        return "a whole number that differs in every row, like an identifier" if identifiers else None
+    if different > CATEGORIES_UP_TO:
+        return f"text of {different} different values"
+    return "text that differs in most rows" if different > len(present) / 2 else None

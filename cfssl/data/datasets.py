@@ -3,7 +3,8 @@
 Enters: a `data:` section. Leaves: a prepared, memory-mapped `ImageTable`.
 """
 
-from collections.abc import Mapping
+import sys
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from cfssl.data.morphomnist import morphomnist_state, prepare_morphomnist
 from cfssl.data.phantoms import chest
-from cfssl.data.prepare import prepare, save_prepared, source_state
+from cfssl.data.prepare import changed_files, plain, prepare, save_prepared, source_state
 from cfssl.data.sources import AttributeSpec, TableSource
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import Attributes, ImageTable, Truth
@@ -23,6 +24,7 @@ from cfssl.errors import UserError
 from cfssl.settings import STRICT, Count, Probability
 
 DOMAINS = {"A": 0.6, "B": 0.25, "C": 0.1, "D": 0.05}
+COMPARED = 10_000  # files compared at every opening; `cfssl check` compares all
 SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
@@ -111,18 +113,28 @@ class PhantomTruth:
         return self.chest.counterfactual(rows, parents)
 
 
-def data_source(settings: DataSettings) -> Mapping[str, Any]:
-    """The state of the files behind a data set, for the content key; empty for the phantom, which needs
-    none."""
+def data_source(settings: DataSettings) -> dict[str, Any]:
+    """What the content key of a data set's table is made from: every setting, and the state of its files as
+    far as it can be seen without opening them. A folder is the same under all its names."""
     if isinstance(settings, PhantomChestSettings):
-        return {}
+        return plain(settings)
     if isinstance(settings, MorphoMNISTSettings):
-        return morphomnist_state(settings.root, settings.part)
+        return plain(settings) | {"root": morphomnist_state(settings.root, settings.part)}
     return source_state(settings.source)
 
 
 def prepare_dataset(settings: DataSettings, folder: Path, quiet: bool = False) -> ImageTable:
-    """Writes the prepared table to `folder` (whole or not at all) and opens it."""
+    """Writes the prepared table to `folder` (whole or not at all) and opens it. When it cannot, a folder that
+    was made for it stays only if something else lies in it."""
+    try:
+        return _prepare(settings, folder, quiet)
+    except BaseException:
+        with suppress(OSError):
+            folder.parent.rmdir()
+        raise
+
+
+def _prepare(settings: DataSettings, folder: Path, quiet: bool) -> ImageTable:
     with ProgressBar("table", total=0, quiet=quiet) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -150,8 +162,32 @@ def prepare_dataset(settings: DataSettings, folder: Path, quiet: bool = False) -
 
 
 def open_dataset(settings: DataSettings, folder: Path) -> ImageTable:
-    """Opens a prepared table; the phantom's with its truth."""
+    """Opens a prepared table; the phantom's with its truth. Raises `UserError` where files it was made from
+    have changed, as far as these were compared."""
     if not folder.is_dir():
         raise UserError(f"The prepared table {folder} is missing; delete {folder.parent} and run again.")
     truth: Truth | None = PhantomTruth(settings) if isinstance(settings, PhantomChestSettings) else None
-    return ImageTable.open(folder, truth)
+    table = ImageTable.open(folder, truth)
+    if isinstance(settings, TableSettings):
+        compared, total = check_files(settings, table, COMPARED)
+        if compared < total:
+            print(
+                f"table: {compared:,} of its {total:,} files were compared with those it was made from; "
+                "`cfssl check` compares all",
+                file=sys.stderr,
+            )
+    return table
+
+
+def check_files(settings: TableSettings, table: ImageTable, most: int | None = None) -> tuple[int, int]:
+    """How many files were compared with those the table was made from, and how many it has. Raises
+    `UserError` where one has changed: the table, whose key does not hold them, must not stand for it."""
+    changed, compared, total = changed_files(table, most)
+    if changed:
+        path = settings.source.path
+        raise UserError(
+            f"{len(changed)} of {compared} compared files of {path} were changed or removed after the table "
+            f"{table.folder} was made from them, the first being {changed[0]}; put them back, or touch "
+            f"{path} so that the table and all that follows are made again."
+        )
+    return compared, total

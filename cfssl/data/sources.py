@@ -10,17 +10,17 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from cfssl.data.columns import AttributeSpec, natural, positives, read_columns, resolve_attribute, typed
+from cfssl.data.columns import AttributeSpec, Selected, Where, natural, read_columns, require, select
 from cfssl.data.npz import ArrayHeader, npz_headers, read_npz, stream_npz
 from cfssl.data.readers import NOT_READ, READERS, read_image, reader_for, suffix_of
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import SPLITS, Attribute, texts
-from cfssl.errors import UserError, listed, nearest, quoted
+from cfssl.errors import UserError, listed, nearest
 
 TABLES = (".csv", ".parquet")
 
@@ -48,7 +48,7 @@ class TableSource:
     channels: Literal[1, 3] | None = None
     attributes: Mapping[str, AttributeSpec] | None = None
     group: str | None = None
-    where: Mapping[str, Sequence[Any] | Literal["present"]] | None = None
+    where: Where | None = None
     missing: tuple[str, ...] = ()
     split: SplitSettings = field(default_factory=SplitSettings)
 
@@ -56,6 +56,18 @@ class TableSource:
     def mask_columns(self) -> dict[str, str]:
         """Mask name to column or array."""
         return {self.masks: self.masks} if isinstance(self.masks, str) else dict(self.masks or {})
+
+    def select(self, frame: pd.DataFrame, ignore: Mapping[str, str | None] | None = None) -> Selected:
+        """Rows and attributes of the raw columns; `ignore` as in `columns.select`."""
+        roles = {self.split.column: None} if self.split.column else {}
+        return select(
+            frame,
+            self.path,
+            self.attributes or {},
+            self.where or {},
+            self.group,
+            {**(ignore or {}), **roles},
+        )
 
 
 class Item(NamedTuple):
@@ -69,12 +81,13 @@ class Item(NamedTuple):
 class Source:
     """A loaded frame (its index counts the rows of the file) and its images.
 
-    `files`: everything the contents depend on.
+    `files`: everything the contents depend on. `left_out`: why a column is no attribute.
     """
 
     name: str
     frame: pd.DataFrame
     attributes: dict[str, Attribute]
+    left_out: dict[str, str]
     mask_names: tuple[str, ...]
     files: tuple[Path, ...]
     items: Callable[[], Iterator[Item]]
@@ -83,20 +96,22 @@ class Source:
 
 def load_source(source: TableSource) -> Source:
     """Frame, attributes and image places of a source. Raises `UserError`; reads no pixels."""
-    if not source.path.exists():
-        raise UserError(f"{source.path} does not exist; check the path of the data.")
-    if source.path.is_dir():
-        read = _folder
-    elif source.path.suffix.lower() == ".npz":
-        read = _npz
-    elif source.path.suffix.lower() in TABLES:
-        read = _files
-    else:
-        raise UserError(
-            f"{source.path} is no table; expected a folder of images or a file ending in "
-            f"{', '.join((*TABLES, '.npz'))}."
-        )
-    return read(source)
+    return {"folder": _folder, "npz": _npz, "table": _files}[kind_of(source.path)](source)
+
+
+def kind_of(path: Path) -> Literal["folder", "npz", "table"]:
+    """What a path is, by its suffix. Raises `UserError` where it is nothing of that."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path of the data.")
+    if path.is_dir():
+        return "folder"
+    if path.suffix.lower() == ".npz":
+        return "npz"
+    if path.suffix.lower() in TABLES:
+        return "table"
+    raise UserError(
+        f"{path} is no table; expected a folder of images or a file ending in {', '.join((*TABLES, '.npz'))}."
+    )
 
 
 def _files(source: TableSource) -> Source:
@@ -107,8 +122,9 @@ def _files(source: TableSource) -> Source:
         **dict.fromkeys(source.mask_columns.values(), "mask column"),
     }
     for column, what in columns.items():
-        _require(frame, column, source.path, what)
-    frame, attributes = _select(source, frame, ignore=set(columns))
+        require(frame, column, source.path, what)
+    selected = source.select(frame, dict.fromkeys(columns))
+    frame = selected.frame
     paths = {}
     for column, what in columns.items():
         empty = frame.index[frame[column].isna()]
@@ -139,7 +155,8 @@ def _files(source: TableSource) -> Source:
     return Source(
         name=source.name or source.path.stem,
         frame=frame,
-        attributes=attributes,
+        attributes=selected.attributes,
+        left_out=selected.left_out,
         mask_names=tuple(source.mask_columns),
         files=(source.path, *dict.fromkeys(itertools.chain(*paths.values()))),
         items=lambda: (
@@ -172,15 +189,17 @@ def _folder(source: TableSource) -> Source:
     }
     for level in range(max(map(len, parts)) - 1):
         columns[f"folder{level + 1}"] = [part[level] if len(part) > level + 1 else None for part in parts]
-    # where a file lies is a label only if the user says so
-    frame, attributes = _select(source, pd.DataFrame(columns, dtype="str"), ignore=set(columns))
+    part = "part of the path, which is a label only where it is declared"
+    selected = source.select(pd.DataFrame(columns, dtype="str"), dict.fromkeys(columns, part))
+    frame = selected.frame
     chosen = [source.path / str(file) for file in frame["file"]]
     for path in chosen:
         reader_for(path)
     return Source(
         name=source.name or source.path.name,
         frame=frame,
-        attributes=attributes,
+        attributes=selected.attributes,
+        left_out=selected.left_out,
         mask_names=(),
         files=tuple(chosen),
         items=lambda: (Item(_reading(path), ()) for path in chosen),
@@ -216,9 +235,11 @@ def _npz(source: TableSource) -> Source:
                     f"Array {part + array!r} of {path} has shape {shape}; expected {length} images (N, H, "
                     "W), (N, C, H, W)."
                 )
-    total = len(frame)
-    frame, attributes = _select(source, frame, ignore=set())
-    keep = np.zeros(total, dtype=bool)
+    if not len(frame):
+        raise UserError(f"Array {wanted!r} of {path} holds no image; check how the file was written.")
+    keep = np.zeros(len(frame), dtype=bool)
+    selected = source.select(frame)
+    frame = selected.frame
     keep[frame.index] = True
 
     def items() -> Iterator[Item]:
@@ -232,7 +253,8 @@ def _npz(source: TableSource) -> Source:
     return Source(
         name=source.name or path.stem,
         frame=frame,
-        attributes=attributes,
+        attributes=selected.attributes,
+        left_out=selected.left_out,
         mask_names=tuple(source.mask_columns),
         files=(path, beside) if beside.exists() else (path,),
         items=items,
@@ -295,69 +317,3 @@ def _reading(path: Path) -> Callable[[], np.ndarray]:
 
 def _constant(array: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: array
-
-
-def _select(
-    source: TableSource, frame: pd.DataFrame, ignore: set[str]
-) -> tuple[pd.DataFrame, dict[str, Attribute]]:
-    """Derived columns, then `where`, then types: the frame with its remaining rows (index kept) and its
-    attributes.
-
-    ignore: columns that are not taken for attributes unless declared.
-    """
-    specs = dict(source.attributes or {})
-    ignore = ignore | {column for column in (source.group, source.split.column, "split") if column}
-    derived = {}
-    for name, spec in specs.items():
-        column = spec.column or name
-        _require(frame, column, source.path, f"column for attribute {name!r}")
-        if name == "split" or (spec.column not in (None, name) and name in frame.columns):
-            raise UserError(
-                f"Attribute {name!r} has the name of another column of {source.path}; choose another name."
-            )
-        derived[name] = positives(name, spec, frame[column]) if spec.positive else frame[column]
-        if spec.column and not spec.positive:
-            ignore.add(spec.column)  # renamed
-    frame = frame.assign(**derived)
-    frame = _filtered(source, frame)
-    if source.group is not None:
-        _require(frame, source.group, source.path, "group column")
-        frame[source.group] = texts(frame[source.group])
-    attributes = {}
-    for name in [*specs, *(column for column in frame.columns if column not in ignore | set(specs))]:
-        attribute = resolve_attribute(name, frame[name], specs.get(name))
-        if attribute is not None:
-            attributes[name] = attribute
-    return typed(frame, attributes), attributes
-
-
-def _filtered(source: TableSource, frame: pd.DataFrame) -> pd.DataFrame:
-    keep = np.ones(len(frame), dtype=bool)
-    for column, accepted in (source.where or {}).items():
-        _require(frame, column, source.path, "column for `where`")
-        if isinstance(accepted, str):
-            if accepted != "present":
-                raise UserError(
-                    f"`where.{column}` is {accepted!r}; give a list of accepted values, or the word present."
-                )
-            keep &= frame[column].notna().to_numpy()
-        else:
-            values = set(texts(pd.Series(list(accepted), dtype=object)))
-            held = texts(frame[column])
-            if not held.isin(values).any():
-                raise UserError(
-                    f"`where.{column}` accepts {quoted(accepted)}, and {source.path} holds "
-                    f"{quoted(held.dropna().unique())}."
-                )
-            keep &= held.isin(values).to_numpy()
-    if not keep.any():
-        raise UserError(
-            f"The filters `where` ({quoted(source.where or {})}) together leave no row of {source.path}; "
-            "relax them."
-        )
-    return frame[keep].copy()
-
-
-def _require(frame: pd.DataFrame, column: str, path: Path, what: str) -> None:
-    if column not in frame.columns:
-        raise UserError(f"{path} has no {what} {column!r}{nearest(column, frame.columns)}.")

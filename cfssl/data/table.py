@@ -171,6 +171,7 @@ class ImageTable:
         self.source: dict[str, Any] | None = record["source"]
         self.truth = truth
         self.attributes = {item["name"]: Attribute.from_json(item) for item in record["attributes"]}
+        self.left_out: dict[str, str] = record.get("left_out", {})
         self.mask_names: tuple[str, ...] = tuple(record["mask_names"])
         self.images: ImageArray = self._mapped("images.npy", record, record["shape"], record["dtype"])
         self.masks: ImageArray | None = None

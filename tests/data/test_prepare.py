@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cfssl.data import prepare as prepare_module
-from cfssl.data.columns import AttributeSpec, infer_kind, natural
-from cfssl.data.prepare import prepare, save_prepared, source_state
+from cfssl.data import writer as writer_module
+from cfssl.data.columns import AttributeSpec, infer_kind, natural, no_attribute
+from cfssl.data.prepare import changed_files, prepare, save_prepared, source_state
 from cfssl.data.sources import TableSource
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import Attribute, ImageTable
@@ -33,7 +34,7 @@ RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (COUNT, 6, 8), dtype=np.uint8)
 MASKS = (PIXELS > 128).astype(np.uint8)
 COLUMNS = {
-    "site": RNG.choice(["north", "south", "unknown"], COUNT).tolist(),
+    "site": RNG.choice(["north", "south", "elsewhere"], COUNT).tolist(),
     "age": [str(age) if age % 7 else "" for age in RNG.integers(20, 90, COUNT)],
     "dx": [("nv", "mel", "bcc", "df")[number % 4] for number in range(COUNT)],
     "has_mask": [str(int(number % 4 != 0)) for number in range(COUNT)],
@@ -65,7 +66,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def test_a_csv_of_files_comes_back_as_it_was_written(csv: Path, tmp_path: Path) -> None:
-    source = TableSource(csv, masks={"lungs": "mask"}, group="patient", missing=("unknown",))
+    source = TableSource(csv, masks={"lungs": "mask"}, group="patient", missing=("elsewhere",))
     table = prepare(source, tmp_path / "t")
     np.testing.assert_array_equal(table.images.read(np.arange(COUNT)), PIXELS[:, None])
     assert table.masks is not None
@@ -75,7 +76,7 @@ def test_a_csv_of_files_comes_back_as_it_was_written(csv: Path, tmp_path: Path) 
     assert frame["patient"].tolist() == COLUMNS["patient"], "identifiers keep their leading zeros"
     assert frame["age"].isna().tolist() == [age == "" for age in COLUMNS["age"]]
     assert frame["age"].dropna().tolist() == [float(age) for age in COLUMNS["age"] if age]
-    assert frame["site"].isna().tolist() == [site == "unknown" for site in COLUMNS["site"]]
+    assert frame["site"].isna().tolist() == [site == "elsewhere" for site in COLUMNS["site"]]
     assert frame.groupby("patient")["split"].nunique().max() == 1
 
 
@@ -87,7 +88,7 @@ def test_attributes_are_inferred_and_say_so(csv: Path, tmp_path: Path) -> None:
     }
     ages = [float(age) for age in COLUMNS["age"] if age]
     assert found == {
-        "site": ("categorical", True, ("north", "south", "unknown")),
+        "site": ("categorical", True, ("elsewhere", "north", "south")),
         "age": ("continuous", False, (min(ages), max(ages))),
         "dx": ("categorical", False, ("bcc", "df", "mel", "nv")),
         "has_mask": ("binary", False, ("0", "1")),
@@ -112,18 +113,109 @@ def test_attributes_are_inferred_and_say_so(csv: Path, tmp_path: Path) -> None:
     ],
 )
 def test_kinds_are_inferred_from_values(values: list, kind: str | None) -> None:
-    assert infer_kind(natural(pd.Series(values))) == kind
+    column = natural(pd.Series(values))
+    assert (None if no_attribute(column) else infer_kind(column)) == kind
 
 
-@given(st.lists(st.sampled_from(["1", "2.5", "-3e2", "", "unknown", "007", "nan", "NA", "x"]), min_size=1))
+@given(
+    st.lists(st.sampled_from(["1", "2.5", "-3e2", "", "unknown", "007", "nan", "NaN", "NA", "x"]), min_size=1)
+)
 def test_text_becomes_numbers_only_if_all_of_it_is_numbers(cells: list[str]) -> None:
     column = natural(pd.Series(cells, dtype=object), missing=("unknown",))
     present = [cell for cell in cells if cell not in ("", "unknown")]
-    assert column.isna().tolist() == [cell in ("", "unknown") for cell in cells]
-    if all(cell in ("1", "2.5", "-3e2") for cell in present) and present:
+    numbers = [cell for cell in present if cell.lower() != "nan"]
+    if all(cell in ("1", "2.5", "-3e2") for cell in numbers) and numbers:
+        present = numbers  # among numbers, NaN is missing
         assert column.dropna().tolist() == [float(cell) for cell in present]
     else:
         assert column.dropna().tolist() == present
+    assert column.isna().tolist() == [cell not in present for cell in cells]
+
+
+def aside(csv: Path, cells: list[str]) -> None:
+    change(csv, extra=(cells * COUNT)[:COUNT])
+
+
+@pytest.mark.parametrize("token", ["nan", "NA", "N/A", "null", "None", "?", "unknown", " Unknown "])
+@pytest.mark.parametrize("spec", [None, AttributeSpec(), AttributeSpec("categorical")])
+def test_a_text_that_usually_means_missing_is_no_category_unless_declared(
+    csv: Path, tmp_path: Path, token: str, spec: AttributeSpec | None
+) -> None:
+    aside(csv, ["A", "B", token])
+    source = TableSource(csv, attributes={} if spec is None else {"extra": spec})
+    with pytest.raises(UserError, match="usually mean a missing value: 'extra'") as caught:
+        prepare(source, tmp_path / "t")
+    assert repr(token) in str(caught.value)
+    named = prepare(replace(source, missing=(token,)), tmp_path / "named")
+    assert named.attributes["extra"].categories == ("A", "B")
+    assert named.frame["extra"].isna().sum() == COUNT // 3
+    taken = AttributeSpec("categorical", ("A", "B", token))
+    declared = prepare(replace(source, attributes={"extra": taken}), tmp_path / "declared")
+    assert declared.frame["extra"].notna().all()
+
+
+def test_all_columns_in_doubt_are_named_at_once(csv: Path, tmp_path: Path) -> None:
+    cells = {
+        "sex": ["F", "M", "unknown", "?"],
+        "height": ["1.5", "1.6", "NA", "1.8"],
+        "view": ["AP", "AP ", "PA", "PA"],
+        "note": ["free text", "?", "other text", "more"],
+    }
+    change(csv, **{name: (values * COUNT)[:COUNT] for name, values in cells.items()})
+    change(csv, note=[f"{number}" if number % 9 else "x?" for number in range(COUNT)])
+    with pytest.raises(UserError) as caught:
+        prepare(TableSource(csv), tmp_path / "t")
+    for part in (
+        "usually mean a missing value: 'sex' ('unknown', '?'), 'height' ('NA'); name them in `missing`",
+        "differ only by spaces around them: 'view' ('AP', 'AP '); correct them",
+    ):
+        assert part in str(caught.value)
+    assert "'note'" not in str(caught.value), "free text is no attribute"
+
+
+def test_a_column_of_numbers_does_not_vanish_for_one_text(csv: Path, tmp_path: Path) -> None:
+    numbers = [f"{number / 3:.3f}" for number in range(COUNT - 1)]
+    for text, missing in (("NaN", 1), ("nan", 1), ("", 1)):
+        change(csv, dose=[*numbers, text])
+        table = prepare(TableSource(csv), tmp_path / f"t{text}")
+        assert table.attributes["dose"].kind == "continuous"
+        assert table.frame["dose"].isna().sum() == missing
+    for text in ("inf", "-Infinity", "1e999"):
+        change(csv, dose=[*numbers, text])
+        with pytest.raises(UserError, match=r"numbers that are not finite: 'dose' \('-?inf'\); correct"):
+            prepare(TableSource(csv), tmp_path / "t")
+        with pytest.raises(UserError, match="'dose' has values that are not finite numbers, in row 39"):
+            prepare(TableSource(csv, attributes={"dose": AttributeSpec("continuous")}), tmp_path / "t")
+    change(csv, dose=[*numbers, "none"])
+    with pytest.raises(UserError, match=r"usually mean a missing value: 'dose' \('none'\)"):
+        prepare(TableSource(csv), tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", ["continuous", "categorical", "binary"])
+def test_an_attribute_without_any_value_is_refused(csv: Path, tmp_path: Path, kind: Any) -> None:
+    aside(csv, [""])
+    categories = () if kind == "continuous" else ("a", "b")
+    with pytest.raises(UserError, match="'extra' has no value in any row"):
+        prepare(TableSource(csv, attributes={"extra": AttributeSpec(kind, categories)}), tmp_path / "t")
+
+
+def test_every_value_that_where_names_must_occur(csv: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(TableSource(csv, where={"dx": ["nv", "mell", "zzz"]}), tmp_path / "t")
+    assert "does not hold: 'mell'; the nearest is 'mel'; 'zzz'; known are 'nv'" in str(caught.value)
+
+
+def test_columns_that_are_no_attributes_are_told_with_the_reason(csv: Path, tmp_path: Path) -> None:
+    change(csv, number=[str(number) for number in range(COUNT)], one="x", empty="")
+    table = prepare(TableSource(csv, masks="mask", group="patient"), tmp_path / "t")
+    assert table.left_out == {
+        "note": "text of 40 different values",
+        "number": "a whole number that differs in every row, like an identifier",
+        "one": "the same in all rows",
+        "empty": "empty",
+    }
+    assert not set(table.left_out) & set(table.attributes)
+    assert set(table.left_out) <= set(table.frame.columns)
 
 
 def test_a_binary_attribute_is_derived_from_another_column(csv: Path, tmp_path: Path) -> None:
@@ -209,7 +301,10 @@ def test_folders_are_labels_only_when_declared(csv: Path, tmp_path: Path) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (root / "readme.txt").write_text("no image")
-    assert prepare(TableSource(root), tmp_path / "t").attributes == {}
+    undeclared = prepare(TableSource(root), tmp_path / "t")
+    assert undeclared.attributes == {}
+    assert set(undeclared.left_out) == {"file", "folder", "folder1"}
+    assert "part of the path" in undeclared.left_out["folder"]
     declared = {"diagnosis": AttributeSpec("binary", column="folder")}
     table = prepare(TableSource(root, attributes=declared), tmp_path / "t2")
     assert len(table) == COUNT
@@ -231,7 +326,8 @@ def test_identical_images_share_a_split_though_their_patients_differ(tmp_path: P
 def test_dropped_duplicates_leave_images_masks_and_frame_in_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 200)  # several chunks
+    for module in (prepare_module, writer_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 200)  # several chunks
     images = PIXELS.copy()
     images[[1, 5]] = images[35]
     split = np.array(["train"] * 20 + ["val"] * 10 + ["test"] * 10)
@@ -245,7 +341,13 @@ def test_dropped_duplicates_leave_images_masks_and_frame_in_step(
     assert table.masks is not None
     np.testing.assert_array_equal(table.masks.read(np.arange(COUNT - 2))[:, 0], MASKS[keep])
     assert table.frame["note"].tolist() == list(np.array(COLUMNS["note"])[keep])
-    assert left_over(table.folder) == ["images.npy", "masks.npy", "table.json", "table.parquet"]
+    assert left_over(table.folder) == [
+        "files.parquet",
+        "images.npy",
+        "masks.npy",
+        "table.json",
+        "table.parquet",
+    ]
 
 
 def test_chunks_do_not_change_the_table(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,8 +426,8 @@ def test_an_unchanged_source_is_not_read_again_and_a_changed_one_is(csv: Path, t
     assert left_over(tmp_path) == ["source", "t"]
 
 
-def test_the_state_of_a_source_follows_settings_and_files_and_is_json(csv: Path) -> None:
-    source = TableSource(csv, missing=("unknown",), attributes={"dx": AttributeSpec("categorical")})
+def test_the_state_of_a_source_follows_settings_and_table_file_and_is_json(csv: Path) -> None:
+    source = TableSource(csv, missing=("elsewhere",), attributes={"dx": AttributeSpec("categorical")})
     state = source_state(source)
     assert json.loads(json.dumps(state)) == state
     assert source_state(source) == state
@@ -337,11 +439,100 @@ def test_the_state_of_a_source_follows_settings_and_files_and_is_json(csv: Path)
         replace(source, attributes={"dx": AttributeSpec("categorical", ("bcc", "df", "mel", "nv"))}),
     ]
     keys = [fingerprint(source_state(other)) for other in [source, *different]]
-    os.utime(csv.parent / "007.png", ns=(5, 5))
+    os.utime(csv, ns=(5, 5))
     keys.append(fingerprint(source_state(source)))
-    (csv.parent / "007.png").write_bytes((csv.parent / "007.png").read_bytes() + b" ")
+    csv.write_bytes(csv.read_bytes() + b"\n")
+    os.utime(csv, ns=(5, 5))
     keys.append(fingerprint(source_state(source)))
     assert len(set(keys)) == len(keys)
+
+
+def test_the_state_of_a_source_is_seen_without_opening_it(
+    csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **keys: looked_at.append(path.name) or stat(path, **keys))
+    monkeypatch.setattr(prepare_module, "load_source", None)
+    source_state(TableSource(csv))
+    source_state(TableSource(csv.parent))
+    assert set(looked_at) & {"table.csv", "source"} == {"table.csv", "source"}
+    assert not [name for name in looked_at if name.endswith(".png")]
+
+
+def test_the_state_of_a_source_is_the_same_under_all_names_of_its_folder(
+    csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(csv.parent)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "table.csv").symlink_to(csv)  # the same table beside other images
+    monkeypatch.chdir(tmp_path)
+    names = ["source/table.csv", "./source/../source/table.csv", str(csv), "link/table.csv"]
+    states = [source_state(TableSource(Path(name))) for name in names]
+    assert all(state == states[0] for state in states)
+    assert source_state(TableSource(Path("other/table.csv"))) != states[0]
+    assert source_state(TableSource(Path("source"))) == source_state(TableSource(csv.parent))
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "replace", "touch"])
+def test_the_state_of_a_folder_follows_the_files_in_it(csv: Path, tmp_path: Path, change: str) -> None:
+    inside = csv.parent / "masks"
+    source = TableSource(csv.parent)
+    os.utime(inside, ns=(5, 5))
+    before = source_state(source)
+    if change == "add":
+        (inside / "new.png").write_bytes((inside / "001.png").read_bytes())
+    elif change == "remove":
+        (inside / "001.png").unlink()
+    elif change == "rename":
+        (inside / "001.png").rename(inside / "one.png")
+    elif change == "replace":
+        (tmp_path / "002.png").write_bytes((inside / "003.png").read_bytes())
+        (tmp_path / "002.png").rename(inside / "002.png")
+    else:  # what the message about changed images asks for
+        os.utime(csv.parent, ns=(6, 6))
+    assert source_state(source) != before
+
+
+def test_every_file_that_is_no_longer_as_it_was_is_found(csv: Path, tmp_path: Path) -> None:
+    table = prepare(TableSource(csv, masks="mask"), tmp_path / "t")
+    total = 1 + 2 * COUNT
+    assert changed_files(table) == ([], total, total)
+    os.utime(csv.parent / "004.png", ns=(5, 5))  # another time
+    stat = (csv.parent / "007.png").stat()
+    (csv.parent / "007.png").write_bytes((csv.parent / "007.png").read_bytes() + b" ")  # another size
+    os.utime(csv.parent / "007.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (csv.parent / "masks" / "009.png").unlink()
+    changed = ["004.png", "007.png", "masks/009.png"]
+    assert changed_files(table) == ([csv.parent / name for name in changed], total, total)
+    some = changed_files(table, most=11)
+    assert (some.compared, some.total) == (11, total)
+    assert set(some.changed) <= set(changed_files(table).changed)
+
+
+def test_few_compared_files_are_spread_over_all(csv: Path, tmp_path: Path) -> None:
+    table = prepare(TableSource(csv), tmp_path / "t")
+    for number in range(COUNT):
+        os.utime(csv.parent / f"{number:03d}.png", ns=(5, 5))
+    found = [int(path.stem) for path in changed_files(table, most=6).changed if path.suffix == ".png"]
+    assert found == [7, 15, 23, 31, 39]
+
+
+def test_a_table_made_from_arrays_has_no_files_to_compare(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"split": ["train", "val", "test"] * 4})
+    table = save_prepared(tmp_path / "t", "t", frame, {}, PIXELS[:12, None])
+    assert changed_files(table) == ([], 0, 0)
+
+
+def test_a_table_that_changes_while_it_is_read_is_refused(csv: Path, tmp_path: Path) -> None:
+    def edit(done: int, total: int) -> None:
+        os.utime(csv, ns=(5, 5))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "CHUNK_BYTES", 500)
+        with pytest.raises(UserError, match=r"table\.csv was changed while it was read; run again"):
+            prepare(TableSource(csv), tmp_path / "t", edit)
+    assert left_over(tmp_path) == ["source"]
 
 
 def test_a_folder_that_is_no_table_is_not_overwritten(csv: Path, tmp_path: Path) -> None:
@@ -375,7 +566,9 @@ def test_a_killed_preparation_leaves_no_folder_and_can_be_repeated(csv: Path, tm
     done = subprocess.run([sys.executable, "-c", program], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "t").exists()
+    assert len([name for name in left_over(tmp_path) if name.endswith(".part")]) == 1
     table = prepare(TableSource(csv), tmp_path / "t")
+    assert left_over(tmp_path) == ["source", "t"]
     np.testing.assert_array_equal(table.images.read(np.arange(COUNT)), PIXELS[:, None])
 
 
@@ -438,11 +631,19 @@ BAD: list[tuple[Any, Mapping[str, Any], str]] = [
     (None, {"masks": "maks"}, "no mask column 'maks'; the nearest is 'mask'"),
     (None, {"group": "patent"}, "no group column 'patent'; the nearest is 'patient'"),
     (None, {"where": {"hasmask": [1]}}, "no column for `where` 'hasmask'; the nearest is 'has_mask'"),
-    (None, {"where": {"has_mask": [2]}}, r"accepts 2, and .* holds '0', '1'"),
+    (
+        None,
+        {"where": {"has_mask": [2]}},
+        r"`where.has_mask` accepts what .* does not hold: '2'; known are '0', '1'",
+    ),
     (None, {"where": {"has_mask": "yes"}}, "give a list of accepted values"),
     (None, {"attributes": {"mal": AttributeSpec(column="dy")}}, "no column for attribute 'mal' 'dy'"),
     (None, {"attributes": {"age": AttributeSpec(column="dx")}}, "name of another column"),
-    (None, {"attributes": {"note": AttributeSpec()}}, "'note' .* look like identifiers"),
+    (
+        None,
+        {"attributes": {"note": AttributeSpec()}},
+        "'note' is text of 40 different values; declare its `kind`",
+    ),
     (
         None,
         {"attributes": {"dx": AttributeSpec("continuous")}},
@@ -526,6 +727,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"image": PIXELS}, {}, "no array 'images' of images; the nearest is 'image'"),
         ({"images": PIXELS}, {"masks": "lungs"}, "no array 'lungs'"),
         ({"images": PIXELS, "lungs": MASKS[:5]}, {"masks": "lungs"}, r"'lungs' .* has shape \(5, 6, 8\)"),
+        ({"images": PIXELS[:0]}, {}, r"Array 'images' of .*a\.npz holds no image"),
         ({"images": PIXELS.reshape(COUNT, 2, 3, 8)}, {}, "channels .* cannot be told"),
         ({"images": np.where(PIXELS > 250, np.nan, 0.5)}, {}, r"pixels that cannot be stored \(row \d+: NaN"),
     ],

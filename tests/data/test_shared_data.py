@@ -29,7 +29,7 @@ def test_chest_radiographs_with_masks_of_known_patients(
         masks={"lungs": masks},
         group="patientid",
         where={"has_mask": [1]},
-        missing=("?", "todo"),
+        missing=("?", "todo", "Unknown"),
         attributes={
             "view": AttributeSpec("categorical", ("PA", "AP", "AP Supine")),
             "covid": AttributeSpec("binary", positive=("COVID-19", "COVID-19, ARDS"), column="finding"),
@@ -54,7 +54,7 @@ def test_chest_radiographs_with_masks_of_known_patients(
 
 
 def test_views_and_missing_values_of_all_radiographs(shared_data: Path, tmp_path: Path) -> None:
-    source = TableSource(shared_data / "covid_cxr.npz", group="patientid", missing=("?", "todo"))
+    source = TableSource(shared_data / "covid_cxr.npz", group="patientid", missing=("?", "todo", "Unknown"))
     table = prepare(source, tmp_path / "t")
     assert len(table) == 609
     assert len(table.rows(known=["view"])) == 575
