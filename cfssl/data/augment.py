@@ -2,9 +2,13 @@
 albumentations.
 
 albumentations owns its random state and never reseeds it in data-loading workers, so that all workers and
-epochs would draw the same numbers. Here the state is set for every single view from a seed that is a function
-of (run seed, step, item, view): workers, resumption and sharding cannot change what a view looks like.
+epochs would draw the same numbers; and its own seeding gives every operation the same seed, so that blur would
+only happen where noise does. Here one stream for all operations is set for every single view, from a seed that
+is a function of (run seed, step, item, view): workers, resumption and sharding cannot change what a view looks
+like.
 """
+
+import random
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -60,5 +64,5 @@ class Photometric:
     def __call__(self, view: np.ndarray, seed: int) -> np.ndarray:
         if self.compose is None:
             return view
-        self.compose.set_random_seed(seed % 2**32)
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         return np.clip(self.compose(image=view)["image"], 0, 1)

@@ -38,6 +38,25 @@ def test_each_operation_happens_as_often_as_stated(settings: dict, probability: 
     assert np.mean(changed) == pytest.approx(probability, abs=0.03)  # about four standard errors
 
 
+def test_operations_happen_independently_of_each_other() -> None:
+    """The trap: albumentations gives every operation the same seed, so that all draw the same numbers."""
+    top_half_dark = np.concatenate([np.full((12, 24, 1), 0.25), np.full((12, 24, 1), 0.75)]).astype(np.float32)
+    augment = Photometric(
+        PhotometricSettings(
+            brightness=0, contrast=0.2, jitter_probability=0.5, erase_probability=0.5, erase_scale=(0.5, 0.5)
+        )
+    )
+    views = np.stack([augment(top_half_dark, seed) for seed in range(4000)])
+    erased = (views == 0).any((1, 2, 3))
+    jittered = ~np.isin(views, [0, 0.25, 0.75]).all((1, 2, 3))
+    assert (erased & jittered).mean() == pytest.approx(0.25, abs=0.03)
+    # nor does where it is erased follow from how strong the jitter is
+    both = views[erased & jittered]
+    strength = both.max((1, 2, 3))
+    top = (both == 0).argmax(1).max((1, 2))
+    assert abs(np.corrcoef(strength, top)[0, 1]) < 0.13  # about four standard errors
+
+
 def test_views_stay_float32_in_the_unit_range() -> None:
     augment = Photometric(PhotometricSettings(brightness=0.9, contrast=0.9, noise=0.5, noise_probability=1))
     for seed in range(50):

@@ -285,6 +285,21 @@ def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path: Path) -> None:
     assert same_weights(mended, train(tmp_path / "never bad", **off))
 
 
+def test_weights_that_broke_in_the_very_step_of_a_checkpoint_are_not_kept(tmp_path: Path) -> None:
+    class Root(Regression):
+        """The loss of step 31 is finite and its gradient is not."""
+
+        def forward(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+            parts = super().forward(batch, step)
+            root = (0 * self.net[0].weight).sqrt().sum() if step == 31 else 0
+            return {"loss": parts["loss"] + root}
+
+    off = {"clip": None, "skip_factor": None, "checkpoint_every": 8}
+    with pytest.raises(UserError, match="loss or weights are not finite after step 31"):
+        train(tmp_path, task=Root(), log_every=1000, **off)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 24
+
+
 def test_another_schedule_is_refused_with_what_differs(tmp_path: Path) -> None:
     train(tmp_path, stop_at=10)
     with pytest.raises(UserError, match=r"was made with lr 0\.01, and this run has lr 0\.02; go on"):
