@@ -66,16 +66,22 @@ class SplitSettings:
             raise UserError(
                 f"`split.fractions` is {self.fractions}; give three shares (train, val, test) that sum to 1."
             )
+        strange = [name for name in self.may_be_empty if name not in SPLITS]
+        if strange:
+            raise UserError(
+                f"`split.may_be_empty` names {strange[0]!r}, which is no split{nearest(strange[0], SPLITS)}."
+            )
 
     def given_column(self, columns: Sequence[str]) -> str | None:
         """The column of `columns` that holds given splits, None where own splits are drawn."""
         if self.column is not None and self.column not in columns:
             raise UserError(f"The table has no split column {self.column!r}{nearest(self.column, columns)}.")
         given = self.column or ("split" if self.fractions is None and "split" in columns else None)
-        if given is not None and self.stratify:
+        drawn = [f"`split.{name}`" for name in ("stratify", "seed") if getattr(self, name)]
+        if given is not None and drawn:
             raise UserError(
-                f"`split.stratify` is set and the splits are given by column {given!r}; remove it, or draw "
-                "own splits with `split.fractions`."
+                f"{' and '.join(drawn)} is for own splits, and the splits are given by column {given!r}; "
+                "remove it, or draw own splits with `split.fractions`."
             )
         if given is None and (self.duplicates != "refuse" or self.may_be_empty):
             raise UserError(

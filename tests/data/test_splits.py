@@ -221,6 +221,8 @@ def test_an_empty_given_split_is_refused_unless_allowed() -> None:
         ({"patient": ["a", None]}, "patient", SplitSettings(), "'patient' is empty in row 1"),
         ({"x": [1]}, None, SplitSettings(stratify=("sxe",)), "'sxe', which is no attribute"),
         ({"split": ["train"]}, None, SplitSettings(stratify=("x",)), "splits are given by column 'split'"),
+        ({"split": ["train"]}, None, SplitSettings(seed=3), "`split.seed` is for own splits"),
+        ({"fold": ["train"]}, None, SplitSettings(column="fold", seed=3), "are given by column 'fold'"),
         ({"x": [1]}, None, SplitSettings(duplicates="drop"), "for splits given by a column"),
         ({"x": [1]}, None, SplitSettings(may_be_empty=("val",)), "for splits given by a column"),
     ],
@@ -241,6 +243,7 @@ def test_impossible_splits_are_refused(
         ({"fractions": (0.5, 0.5)}, "Field required"),
         ({"column": "split", "fractions": (0.5, 0.25, 0.25)}, "not both"),
         ({"duplicates": "keep"}, "'refuse' or 'drop'"),
+        ({"column": "fold", "may_be_empty": ("val", "tset")}, "names 'tset', which is no split; the nearest"),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(arguments: dict, sentence: str) -> None:
