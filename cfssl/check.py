@@ -3,7 +3,9 @@
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from cfssl.data.datasets import TableSettings, check_files
 from cfssl.data.table import SPLITS, ImageTable
 from cfssl.pipeline import Pipeline
 
@@ -12,16 +14,25 @@ SHOWN_VALUES = 6
 
 def describe(job: Pipeline) -> None:
     """Prints rows, attributes, groups, splits and stages of `job`. Prepares the table (which reads the data
-    once and is reused); trains nothing. Raises `UserError` when recipe and table do not fit."""
-    console = Console()
+    once and is reused); trains nothing. Raises `UserError` when recipe and table do not fit, or when a file
+    that the table was made from has changed since."""
+    console = Console(markup=False, emoji=False)  # names from data are shown as they are
     table = job.table
+    if isinstance(job.recipe.data, TableSettings):
+        check_files(job.recipe.data, table)
     channels, height, width = table.images.shape
-    console.print(f"[bold]{job.recipe.name}[/bold]: table {table.name}, fingerprint {table.fingerprint}")
+    console.print(
+        Text.assemble((job.recipe.name, "bold"), f": table {table.name}, fingerprint {table.fingerprint}")
+    )
     console.print(f"{len(table)} images of {channels} x {height} x {width}, {table.images.dtype}")
     if table.mask_names:
         console.print(f"masks: {', '.join(table.mask_names)}")
     console.print(attributes_of(table))
-    if table.group is not None:
+    for name, reason in table.left_out.items():
+        console.print(f"no attribute: {name} ({reason})")
+    if table.group is None:
+        console.print("no group: rows are split singly")
+    else:
         console.print(
             f"group: {table.group}, {table.frame[table.group].nunique()} of them, none in two splits"
         )
@@ -73,10 +84,13 @@ def splits_of(table: ImageTable, names: list[str]) -> Table:
 
 
 def stages_of(job: Pipeline) -> Table:
-    """What would run and what would be reused."""
+    """What was made for this check, what would run and what would be reused."""
     shown = Table("stage", "key", "", "folder", title="Stages", title_justify="left")
     for stage in job.stages():
-        if stage.done:
+        used = job.used.get(stage.folder.name)
+        if used is not None and not used["reused"]:
+            state = "made now"
+        elif stage.done:
             state = "reused"
         else:
             state = "would go on" if stage.folder.is_dir() else "would run"

@@ -1,10 +1,11 @@
 """The verbs. Thin: each loads a recipe and asks the pipeline for a product. Heavy imports live inside the
 verbs."""
 
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -31,6 +32,19 @@ Overrides = Annotated[
 Runs = Annotated[Path, typer.Option("--runs", envvar="CFSSL_RUNS", help="Where stages and results are kept.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 RUNS = Path("runs")
+
+INTERRUPTED = 130
+# What the user's disks and permissions can be blamed for. A missing file is not among these: where a recipe
+# names one, the code says so itself, and elsewhere it is a mistake of ours that needs its traceback.
+PERMISSION = "check its permissions, or choose another place, e.g. with --runs"
+SPACE = "free space there, or choose another place, e.g. with --runs"
+PLACE = "a file is in the way, or the name is none; choose another place, e.g. with --runs"
+PLACES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), PERMISSION),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), SPACE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), PLACE),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or the mount, and run again"),
+}
 
 
 def pipeline(recipe: Path, overrides: list[str] | None, runs: Path, quiet: bool = False) -> "Pipeline":
@@ -63,11 +77,11 @@ def run(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quie
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
     """What a recipe and its data were understood to be, and what would run; trains nothing."""
     from cfssl.check import describe
 
-    describe(pipeline(recipe, overrides, runs, quiet=True))
+    describe(pipeline(recipe, overrides, runs, quiet))
 
 
 @app.command()
@@ -180,7 +194,8 @@ def report(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, q
 
 
 def main() -> None:
-    """The entry point: a `UserError` is printed as one sentence, with exit code 2."""
+    """The entry point: a `UserError`, and what only the user's machine can be blamed for, is printed as one
+    sentence, with exit code 2; an interruption with 130."""
     # Threads of the numerical libraries are set before they are imported; a job's own allotment counts, not
     # the machine's.
     if "SLURM_CPUS_PER_TASK" in os.environ:
@@ -188,8 +203,18 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"cfssl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("cfssl: interrupted; the same command goes on where it stopped.", file=sys.stderr)
-        sys.exit(130)
+        _stop(2, str(error))
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        where = error.filename2 or error.filename or "a file"
+        _stop(2, f"{where} cannot be used ({error.strerror}); {PLACES[error.errno]}.")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns an interruption into this code without a word
+            _stop(INTERRUPTED, "interrupted; the same command goes on where it stopped.")
+        raise
+
+
+def _stop(code: int, sentence: str) -> NoReturn:
+    print(f"cfssl: {sentence}", file=sys.stderr)
+    sys.exit(code)

@@ -1,5 +1,6 @@
 """The command line: bad input is one sentence on standard error and exit code 2, and nothing is written."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from cfssl.cli import main
+from cfssl.files import write_text
 
 TINY = """
 name: tiny
@@ -171,7 +173,12 @@ def write_images(folder: Path, shapes: list[tuple[int, ...]]) -> None:
         ("missing image", "do not exist"),
         ("empty split", "is empty"),
         ("unknown category", "not one of"),
-        ("unknown key of a nested section", "unknown key; did you mean 'fractions'?"),
+        ("unknown key of a nested section", "'fractions'"),
+        (
+            "nan attribute",
+            "hold texts that usually mean a missing value: 'dx' ('nan'); name them in `missing`",
+        ),
+        ("infinite attribute", "hold numbers that are not finite: 'dx' ('inf')"),
     ],
 )
 def test_bad_data_is_one_sentence_and_leaves_no_table(
@@ -200,11 +207,131 @@ def test_bad_data_is_one_sentence_and_leaves_no_table(
         rows = "".join(f"{number}.png,{'b' if number else 'a'}\n" for number in range(12))
         (tmp_path / "t.csv").write_text("image,dx\n" + rows)
         data["attributes"] = {"dx": {"kind": "categorical", "categories": ["a", "c"]}}
+    if case in ("nan attribute", "infinite attribute"):
+        values = ["nan", "a", "b"] if case == "nan attribute" else ["inf", "1.5", "2.5"]
+        rows = "".join(f"{number}.png,{values[number % 3]}\n" for number in range(12))
+        (tmp_path / "t.csv").write_text("image,dx\n" + rows)
     if case == "unknown key of a nested section":
         data["split"] = {"fraction": [0.6, 0.2, 0.2]}
     table_recipe(tmp_path, **data)
     code, printed = call(monkeypatch, capsys, tmp_path, "run", "table.yaml")
     assert code == 2
     assert expected in printed
-    assert not list(tmp_path.glob("runs/stages/*/table"))
-    assert not list(tmp_path.glob("runs/stages/*/.table*"))
+    assert not list(tmp_path.glob("runs/stages/*"))
+
+
+MISTAKEN = """
+name: mistaken
+data: {name: phantom_chest, cuont: 240}
+objective: {name: simclrr}
+backbone: {nme: test_resnet}
+train: {epochs: none, batch: 48}
+evaluate: [{name: linear_probe, target: disease, resamples: -1}]
+"""
+
+
+def test_a_recipe_with_five_mistakes_names_all_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mistaken.yaml").write_text(MISTAKEN)
+    code, printed = call(monkeypatch, capsys, tmp_path, "run", "mistaken.yaml")
+    assert code == 2
+    assert "has 5 mistake(s)" in printed
+    for path in ("data.cuont", "objective.name", "backbone.nme", "train.epochs", "evaluate[0].resamples"):
+        assert f"- {path} = " in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["mistaken.yaml"]
+
+
+def test_check_shows_the_table_as_it_was_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    write_images(tmp_path, [(32, 32)] * 12)
+    markup = ["[/x]", "[bold]", ":smile:"]
+    rows = "".join(f"{number}.png,{markup[number % 3]},id {number}\n" for number in range(12))
+    (tmp_path / "t.csv").write_text("image,dx,note\n" + rows)
+    table_recipe(tmp_path, path="t.csv")
+    code, printed = call(monkeypatch, capsys, tmp_path, "check", "table.yaml", "train.batch=4")
+    assert code == 0, printed
+    assert ":smile:, [/x], [bold]" in printed
+    assert "no attribute: note (text that differs in most rows)" in printed
+    assert "no group: rows are split singly" in printed
+    assert "table: 12/12" in printed  # progress
+    assert "made now" in printed
+    assert "reused" not in printed
+    code, again = call(monkeypatch, capsys, tmp_path, "check", "table.yaml", "train.batch=4")
+    assert "made now" not in again
+    assert "reused" in again
+    os.utime(tmp_path / "7.png", ns=(5, 5))
+    code, changed = call(monkeypatch, capsys, tmp_path, "check", "table.yaml", "train.batch=4")
+    assert code == 2
+    assert "7.png" in changed
+
+
+def test_check_compares_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cfssl.data.datasets.COMPARED", 2)
+    write_images(tmp_path, [(32, 32)] * 12)
+    table_recipe(tmp_path, path="t.csv")
+    assert call(monkeypatch, capsys, tmp_path, "check", "table.yaml", "train.batch=4")[0] == 0
+    os.utime(tmp_path / "7.png", ns=(5, 5))
+    code, printed = call(monkeypatch, capsys, tmp_path, "check", "table.yaml", "train.batch=4")
+    assert code == 2
+    assert "1 of 13 compared files" in printed
+
+
+@pytest.mark.parametrize("obstacle", ["file", "permission", "space"])
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    recipe: Path, obstacle: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = recipe.parent / "place"
+    if obstacle == "file":
+        runs.write_text("in the way")
+    else:
+        code = errno.EACCES if obstacle == "permission" else errno.ENOSPC
+
+        def refuse(path: str, mode: int = 0o777) -> None:
+            raise OSError(code, os.strerror(code), str(path))
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+    code, printed = call(
+        monkeypatch, capsys, recipe.parent, "check", "tiny.yaml", "--runs", str(runs), "--quiet"
+    )
+    assert code == 2
+    (line,) = printed.splitlines()
+    assert line.startswith(f"cfssl: {runs}")
+    assert "--runs" in line
+
+
+def test_a_folder_in_the_way_of_an_output_is_named(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = recipe.parent / "sheet.png"
+    output.mkdir()
+    monkeypatch.setattr("cfssl.check.describe", lambda job: write_text(output, "x"))
+    code, printed = call(monkeypatch, capsys, recipe.parent, "check", "tiny.yaml")
+    assert code == 2
+    assert printed.startswith(f"cfssl: {output} cannot be used (Is a directory)")
+
+
+def test_a_missing_file_of_our_own_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(job: object) -> None:
+        (recipe.parent / "nowhere" / "x").write_text("")
+
+    monkeypatch.setattr("cfssl.check.describe", mistaken)
+    monkeypatch.setattr(sys, "argv", ["cfssl", "check", str(recipe)])
+    with pytest.raises(FileNotFoundError):
+        main()
+
+
+def test_an_interruption_is_one_sentence_and_code_130(recipe: Path) -> None:
+    program = (
+        "import os, signal, sys, time, cfssl.check, cfssl.cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "wait = lambda job: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); "
+        f"cfssl.check.describe = wait; sys.argv = ['cfssl', 'check', {str(recipe)!r}]; cfssl.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "cfssl: interrupted; the same command goes on where it stopped.\n"
