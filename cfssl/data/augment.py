@@ -2,10 +2,10 @@
 albumentations.
 
 albumentations owns its random state and never reseeds it in data-loading workers, so that all workers and
-epochs would draw the same numbers; and its own seeding gives every operation the same seed, so that blur would
-only happen where noise does. Here one stream for all operations is set for every single view, from a seed that
-is a function of (run seed, step, item, view): workers, resumption and sharding cannot change what a view looks
-like.
+epochs would draw the same numbers; and its own seeding gives every operation the same seed, so that blur
+would only happen where noise does. Here all operations draw in turn from one state, set for every single view
+from a seed that is a function of (run seed, step, item, view): workers, resumption and sharding cannot change
+what a view looks like.
 """
 
 import random
