@@ -1,25 +1,22 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
-import difflib
-
 from cfssl.data.table import ImageTable
-from cfssl.errors import UserError
+from cfssl.errors import UserError, nearest
+from cfssl.evaluate.evaluations import lacking
 from cfssl.models.backbone import check_backbone
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.recipe import Recipe
 
 
 def check_against_table(recipe: Recipe, table: ImageTable) -> None:
-    """Refuses a recipe that names attributes or values which the table does not have; all mistakes at
-    once."""
+    """Refuses a recipe that names attributes or values which the table does not have, or evaluations that
+    cannot work on its splits; all mistakes at once."""
     mistakes = []
 
     def known(path: str, name: str, kinds: tuple[str, ...]) -> None:
         attribute = table.attributes.get(name)
         if attribute is None:
-            near = difflib.get_close_matches(name, table.attributes, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the table has {', '.join(table.attributes)}"
-            mistakes.append(f"{path} = {name!r}: no such attribute; {hint}")
+            mistakes.append(f"{path} = {name!r}: no such attribute{nearest(name, table.attributes)}")
         elif attribute.kind not in kinds:
             mistakes.append(f"{path} = {name!r}: is {attribute.kind}, expected {' or '.join(kinds)}")
 
@@ -42,7 +39,14 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     if isinstance(recipe.objective, SupervisedSettings):
         known("objective.target", recipe.objective.target, discrete)
     for index, evaluation in enumerate(recipe.evaluate):
-        known(f"evaluate[{index}].target", evaluation.target, discrete)
+        path = f"evaluate[{index}].target"
+        known(path, evaluation.target, discrete)
+        attribute = table.attributes.get(evaluation.target)
+        if attribute is not None and attribute.kind in discrete:
+            mistakes += [
+                f"{path} = {evaluation.target!r}: {reason}; every category is needed in every split"
+                for reason in lacking(table, evaluation.target)
+            ]
         for name in evaluation.by:
             known(f"evaluate[{index}].by", name, discrete)
     try:

@@ -63,7 +63,7 @@ ENCODER_CODE = (
     "engine/guard.py",
     "engine/schedules.py",
 )
-FEATURE_CODE = ("evaluate/features.py", "models")
+FEATURE_CODE = ("evaluate/features.py", "data/geometry.py", "models")
 EVALUATION_CODE = (
     "evaluate/evaluations.py",
     "evaluate/probe.py",
@@ -287,7 +287,8 @@ class Pipeline:
         stage, rows = self.features_stage, np.arange(len(self.table))
 
         def make(_: Path) -> None:
-            found = extract(self.encoder, self.table, rows, self.recipe.views.size, quiet=self.quiet)
+            views = self.recipe.views
+            found = extract(self.encoder, self.table, rows, views.size, views.border, quiet=self.quiet)
             save_features(stage.product, found)
 
         self._finish(stage, make)

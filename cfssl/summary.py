@@ -137,5 +137,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 def _value(entry: Mapping[str, Any]) -> str:
     if entry["value"] is None:
-        return f"-      ({entry.get('reason', 'no value')})"
+        return f"-      ({entry['reason']})"
+    if entry["low"] is None:
+        return f"{entry['value']:.3f}  ({entry['reason']})"
     return f"{entry['value']:.3f}  [{entry['low']:.3f}, {entry['high']:.3f}]"

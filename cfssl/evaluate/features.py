@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from cfssl.data.geometry import warp
 from cfssl.data.table import ImageTable
 from cfssl.engine.progress import ProgressBar
 from cfssl.files import atomic_path
+
+IDENTITY = np.eye(2, 3)  # the affine of a view that shows the whole image
 
 
 @torch.no_grad()
@@ -18,32 +20,39 @@ def extract(
     table: ImageTable,
     rows: np.ndarray,
     size: int | None = None,
+    border: str = "constant",
     batch: int = 512,
     quiet: bool = False,
 ) -> np.ndarray:
     """Features (len(rows), F) float32 of whole, unaugmented images in [0, 1].
 
-    The encoder is put into eval mode (a probe on batch statistics would measure the batch). `size`: side that
-    the encoder was trained at, when it is not the stored one.
+    The encoder is put into eval mode (a probe on batch statistics would measure the batch). `size` and
+    `border` are those of the views that it was trained on: an image that is not (size, size) goes through the
+    same interpolation, because another one would show the encoder sharper or smoother noise than it knows.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
     features = []
     with ProgressBar("features", total=len(rows), quiet=quiet) as bar:
         for start in range(0, len(rows), batch):
-            images = to_unit(table.images.read(rows[start : start + batch])).to(device)
-            if size is not None and images.shape[-1] != size:
-                images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-            features.append(
-                encoder(images.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
-            )
+            images = to_unit(table.images.read(rows[start : start + batch]))
+            if size is not None and images.shape[-2:] != (size, size):
+                images = np.stack([whole_view(image, size, border) for image in images])
+            on_device = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+            features.append(encoder(on_device).float().cpu().numpy())
             bar.advance(steps=len(images), items=len(images))
     return np.concatenate(features)
 
 
-def to_unit(stored: np.ndarray) -> torch.Tensor:
+def to_unit(stored: np.ndarray) -> np.ndarray:
     """Integer pixels -> float32 in [0, 1]."""
-    return torch.from_numpy(stored.astype(np.float32) / np.float32(np.iinfo(stored.dtype).max))
+    return stored.astype(np.float32) * np.float32(1 / np.iinfo(stored.dtype).max)
+
+
+def whole_view(image: np.ndarray, size: int, border: str) -> np.ndarray:
+    """(C, H, W) float32 -> (C, size, size): the view that shows all of the image and nothing else."""
+    view = warp(np.ascontiguousarray(image.transpose(1, 2, 0)), IDENTITY, (size, size), border)
+    return view.reshape(size, size, -1).transpose(2, 0, 1)  # OpenCV drops a single channel
 
 
 def save_features(path: Path, features: np.ndarray) -> None:

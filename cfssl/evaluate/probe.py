@@ -1,9 +1,10 @@
 """Linear probe: logistic regression on the standardised features of a frozen encoder, and label fractions to
 fit it on.
 
-What enters: features (n, F) and classes (n,) of the three splits. What leaves: probabilities of the test
-rows, and how the strength of regularisation was chosen. The fit is convex, so there is no seed and no
-schedule; seeds redraw label subsets.
+What enters: features (n, F) and classes (n,) of the three splits. What leaves: log-odds of the test rows
+(probabilities of a nearly separable fit round to 0 and 1, and what they tie cannot be ranked), and how the
+strength of regularisation was chosen. The fit is convex, so there is no seed and no schedule; seeds redraw
+label subsets.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import logsumexp
 
 from cfssl.errors import UserError
 from cfssl.evaluate.choice import checked, choose
@@ -23,8 +25,8 @@ GRID_OF_C = tuple(float(c) for c in np.logspace(-5, 2, 8))
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`scores` (n, classes) float64 probabilities of the test rows; `C` as in scikit-learn, the inverse
-    strength; `table`: for every C {"C", "auc", "converged", "iterations"} on validation rows;
+    """`scores` (n, classes) float64 of the test rows, log(p / (1 - p)) of each class; `C` as in scikit-learn,
+    the inverse strength; `table`: for every C {"C", "auc", "converged", "iterations"} on validation rows;
     `has_converged`: the chosen fit did."""
 
     scores: np.ndarray
@@ -45,17 +47,17 @@ def linear_probe(
 ) -> ProbeResult:
     """Fits on training rows for every C, chooses C by validation AUC (ties: the smallest), scores test.
 
-    Features are standardised by the training rows, in float64. A class without training rows gets probability
-    0. A fit that does not converge is marked in the table, not hidden. Raises UserError with fewer than two
-    classes in training, or where the validation rows lack a class.
+    Features are standardised by the training rows, in float64. A fit that does not converge is marked in the
+    table, not hidden. Raises UserError where the training or validation rows lack a class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    if len(np.unique(train_y)) < 2:
+    absent = sorted(set(range(classes)) - set(np.unique(train_y).tolist()))
+    if absent:
         raise UserError(
-            f"The {len(train_y)} training rows of the probe hold one class, expected at least two; "
-            "label more rows."
+            f"The {len(train_y)} training rows of the probe have none of class "
+            f"{', '.join(map(str, absent))}, expected every class; label more rows."
         )
     scaler = StandardScaler()
     train = scaler.fit_transform(checked(train_x, train_y, "training").astype(np.float64))
@@ -66,21 +68,29 @@ def linear_probe(
     model = LogisticRegression(solver="lbfgs", max_iter=max_iterations, warm_start=True)
     solutions: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
-    def probabilities(features: np.ndarray) -> np.ndarray:
-        result = np.zeros((len(features), classes))
-        result[:, model.classes_] = model.predict_proba(features)
-        return result
-
     def score(c: float) -> tuple[np.ndarray, dict[str, Any]]:
         model.C = c
         has_converged = _fit(model, train, train_y)
         solutions[c] = (model.coef_.copy(), model.intercept_.copy())
-        return probabilities(val), {"converged": has_converged, "iterations": int(model.n_iter_.max())}
+        return log_odds(model.decision_function(val)), {
+            "converged": has_converged,
+            "iterations": int(model.n_iter_.max()),
+        }
 
     choice = choose("C", sorted(grid_of_C), score, val_y)
     model.coef_, model.intercept_ = solutions[choice.best]
     has_converged = next(line["converged"] for line in choice.table if line["C"] == choice.best)
-    return ProbeResult(probabilities(test), choice.best, choice.table, has_converged)
+    scores = log_odds(model.decision_function(test))
+    return ProbeResult(scores, choice.best, choice.table, has_converged)
+
+
+def log_odds(decision: np.ndarray) -> np.ndarray:
+    """Log-odds (n, classes) of each class: of the sigmoid of `decision` (n,), or of the softmax of (n,
+    classes), where log(p_c / (1 - p_c)) = d_c - log sum_{k != c} exp(d_k)."""
+    if decision.ndim == 1:
+        return np.stack([-decision, decision], axis=1)
+    others = [logsumexp(np.delete(decision, label, axis=1), axis=1) for label in range(decision.shape[1])]
+    return decision - np.stack(others, axis=1)
 
 
 def subset_labels(y: np.ndarray, strata: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cfssl.errors import UserError
-from cfssl.evaluate.probe import linear_probe, subset_labels
+from cfssl.evaluate.probe import linear_probe, log_odds, subset_labels
 from cfssl.seeds import numpy_generator
 
 
@@ -41,12 +41,10 @@ def test_probe_equals_scikit_learn_with_the_c_that_is_best_on_validation(classes
     assert [line["auc"] for line in result.table] == pytest.approx([oracle[c][0] for c in grid], abs=2e-3)
     best = max(result.table, key=lambda line: line["auc"])["C"]
     assert best == result.C
-    np.testing.assert_allclose(
-        result.scores, oracle[best][1].predict_proba(test_x.astype(np.float64)), atol=5e-3
-    )
+    probabilities = oracle[best][1].predict_proba(test_x.astype(np.float64))
+    np.testing.assert_allclose(1 / (1 + np.exp(-result.scores)), probabilities, atol=5e-3)
     assert result.scores.dtype == np.float64
     assert result.has_converged
-    np.testing.assert_allclose(result.scores.sum(1), 1)
     assert (result.scores.argmax(1) == test_y).mean() > 1.3 / classes
 
 
@@ -78,17 +76,29 @@ def test_failed_convergence_is_reported_and_no_warning_is_spilled():
     assert result.table[0]["iterations"] == 2
 
 
-def test_a_class_without_training_rows_gets_probability_zero():
-    train_x, train_y, val_x, val_y, test_x, _ = splits(3)
-    keep = train_y != 1
-    result = linear_probe(train_x[keep], train_y[keep], val_x, val_y, test_x, 3, (0.1,))
-    assert result.scores.shape == (len(test_x), 3)
-    assert (result.scores[:, 1] == 0).all()
+@pytest.mark.parametrize("classes", [2, 3])
+def test_rows_are_ranked_though_their_probabilities_round_to_one(classes):
+    train_x, train_y, val_x, val_y, test_x, _ = splits(classes)
+    result = linear_probe(train_x, train_y, val_x, val_y, 1000 * test_x, classes, (1.0,))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train_x, train_y)
+    assert len(np.unique(model.predict_proba(1000 * test_x)[:, 1])) < 0.9 * len(test_x)
+    for label in range(classes):
+        assert len(np.unique(result.scores[:, label])) == len(test_x)
+
+
+def test_log_odds_are_those_of_softmax_and_sigmoid_in_extended_precision():
+    logits = numpy_generator("logits").normal(size=(200, 4)) * np.logspace(-2, 3.5, 200)[:, None]
+    wide = logits.astype(np.longdouble)  # exp ends at 1e308 in float64, here at 1e4932
+    for label in range(4):
+        others = np.exp(np.delete(wide, label, axis=1) - wide[:, [label]]).sum(1)
+        np.testing.assert_allclose(log_odds(logits)[:, label], -np.log(others), rtol=1e-12, atol=1e-12)
+    binary = log_odds(logits[:, 0])
+    np.testing.assert_array_equal(binary, np.stack([-logits[:, 0], logits[:, 0]], axis=1))
 
 
 def test_probes_that_cannot_work_are_refused_in_a_sentence():
     train_x, train_y, val_x, val_y, test_x, _ = splits(2)
-    with pytest.raises(UserError, match="hold one class"):
+    with pytest.raises(UserError, match="training rows of the probe have none of class 1"):
         linear_probe(train_x, train_y * 0, val_x, val_y, test_x, 2)
     with pytest.raises(UserError, match="validation rows have none of class 1"):
         linear_probe(train_x, train_y, val_x, val_y * 0, test_x, 2)

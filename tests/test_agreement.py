@@ -1,0 +1,74 @@
+"""What a recipe asks of a table is refused in one sentence each before anything is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cfssl.agreement import check_against_table
+from cfssl.data.prepare import save_prepared
+from cfssl.data.table import Attribute, ImageTable
+from cfssl.errors import UserError
+from cfssl.recipe import Recipe, parse_recipe
+
+GRADES = ("none", "mild", "severe")
+SPLIT = np.repeat(["train", "val", "test"], 30)
+
+
+def recipe(*targets: str) -> Recipe:
+    content: dict[str, Any] = {
+        "name": "toy",
+        "data": {"name": "table", "root": ".", "path": "toy.csv"},
+        "backbone": {"name": "test_resnet"},
+        "train": {"batch": 8},
+        "evaluate": [{"name": "linear_probe", "target": target} for target in targets],
+    }
+    return parse_recipe(content, "toy")
+
+
+def table_of(folder: Path, grade: np.ndarray) -> ImageTable:
+    frame = pd.DataFrame({"grade": grade, "split": SPLIT, "age": np.linspace(20, 80, 90)})
+    attributes = {
+        "grade": Attribute("grade", "categorical", GRADES),
+        "age": Attribute("age", "continuous"),
+    }
+    images = np.arange(90 * 16, dtype=np.uint16).reshape(90, 1, 4, 4)  # no two alike
+    return save_prepared(folder, "toy", frame, attributes, images)
+
+
+def grades() -> np.ndarray:
+    return np.array(GRADES, dtype=object)[np.arange(90) % 3]
+
+
+def test_a_target_with_every_category_in_every_split_is_taken(tmp_path: Path) -> None:
+    grade = grades()
+    grade[:20] = None  # missing targets are no obstacle where others are known
+    check_against_table(recipe("grade"), table_of(tmp_path / "t", grade))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_category_that_a_split_lacks_is_named_with_the_split(tmp_path: Path, split: str) -> None:
+    grade = grades()
+    grade[(split == SPLIT) & (grade == "severe")] = None
+    with pytest.raises(UserError) as caught:
+        check_against_table(recipe("grade"), table_of(tmp_path / "t", grade))
+    expected = f"evaluate[0].target = 'grade': no {split} image is 'severe'; every category is needed"
+    assert expected in str(caught.value)
+    assert str(caught.value).count("\n  - ") == 1
+
+
+def test_a_split_without_any_known_target_is_named(tmp_path: Path) -> None:
+    grade = grades()
+    grade[SPLIT == "test"] = None
+    with pytest.raises(UserError, match="no test image has a known 'grade'"):
+        check_against_table(recipe("grade"), table_of(tmp_path / "t", grade))
+
+
+def test_unknown_and_continuous_targets_are_refused_by_their_own_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check_against_table(recipe("grad", "age"), table_of(tmp_path / "t", grades()))
+    message = str(caught.value)
+    assert "evaluate[0].target = 'grad': no such attribute; the nearest is 'grade'" in message
+    assert "evaluate[1].target = 'age': is continuous, expected binary or categorical" in message
