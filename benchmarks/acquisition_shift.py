@@ -78,6 +78,7 @@ JUDGE = [
     "name=phantom-judge",
     "objective={name: supervised, target: scanner}",
     "views.count=1",
+    "views.size=null",  # it judges images of the stored size
     "views.geometry={crop_scale: [0.8, 1.0], rotation: 5}",
     "views.photometric={brightness: 0.05, contrast: 0.05}",
     "train.epochs=10",
