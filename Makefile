@@ -21,13 +21,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Set-up is done once; it is done again when what it depends on changes.
+# Set-up is done once; it is done again when what it depends on changes. constraints.txt pins everything, also pip
+# itself and what builds packages.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "cfssl needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) -V`; call make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
 	touch $(READY)
 
 clean:
