@@ -37,7 +37,7 @@ from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder
 from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
-from cfssl.provenance import code_version, environment, fingerprint
+from cfssl.provenance import code_version, environment, fingerprint, git_state
 from cfssl.recipe import Recipe, write_recipe
 
 TABLE_CODE = (
@@ -303,7 +303,8 @@ class Pipeline:
             def make(folder: Path, settings: Any = settings, product: Path = stage.product) -> None:
                 found, scores = evaluate(settings, self.features, self.table)
                 save_scores(folder / "scores.npz", scores)
-                write_json(product, found)
+                made_by = {"encoder": self.encoder_stage.key, "git": git_state()}
+                write_json(product, [{**result, **made_by} for result in found])
 
             self._finish(stage, make)
             found = [{**result, "train_seed": self.recipe.train.seed} for result in read_json(stage.product)]

@@ -10,11 +10,13 @@ import numpy as np
 from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError
+from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.generators.base import intervention
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
 from cfssl.visualise.curves import loss_curves
-from cfssl.visualise.report import Arm, Picture, Report, write_report
+from cfssl.visualise.report import MINUS, Arm, Picture, Report, titled, write_report
 from cfssl.visualise.views import counterfactual_sheet, view_grid
 
 
@@ -28,12 +30,11 @@ def compare(
     folder: Path,
     title: str,
     descriptions: Mapping[str, str] | None = None,
-    comparisons: Sequence[dict[str, Any]] = (),
     minutes: float | None = None,
 ) -> Path:
-    """One self-contained page for recipes that share a table: pictures of the products, curves, and a table
-    per evaluation with the recipes as rows. `jobs`: name of the arm -> its pipeline; the last one's bank and
-    views are shown."""
+    """One self-contained page for recipes that share a table: a table per evaluation with the recipes as
+    rows, the paired differences of every arm from the first, pictures of the products, and curves. `jobs`:
+    name of the arm -> its pipeline; the last one's bank is shown."""
     results = {name: job.run() for name, job in jobs.items()}
     *_, shown = jobs.values()
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def compare(
         pictures.append(Picture(f"First batch: {name}", "Views as the objective sees them.", path))
     curves = folder / "loss.png"
     loss_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
-    pictures.append(Picture("Training", "Loss of the pre-training.", curves))
+    pictures.append(Picture("Training", curves_caption(list(jobs.values())), curves))
     describe = descriptions or {}
     arms = [Arm(name, describe.get(name, ""), results[name]) for name in jobs]
     record = environment()
@@ -67,8 +68,65 @@ def compare(
     recipe = (shown.folder / "recipe.yaml").read_text(encoding="utf-8")
     size = " x ".join(map(str, shown.table.images.shape))
     subtitle = f"{shown.table.name}, {len(shown.table)} images of {size}"
-    write_report(Report(title, subtitle, pictures, arms, list(comparisons), provenance, recipe), page)
+    write_report(Report(title, subtitle, pictures, arms, differences(jobs), provenance, recipe), page)
     return page
+
+
+def curves_caption(jobs: Sequence[Pipeline]) -> str:
+    """What the loss curves of several arms can be compared for."""
+    tasks = [[job.recipe.section(name) for name in ("views", "objective")] for job in jobs]
+    if all(task == tasks[0] for task in tasks):
+        return "Loss of the pre-training."
+    return (
+        "Loss of the pre-training. The arms differ in views or objective and so solve tasks of different "
+        "difficulty on one axis: a lower curve does not mean a better encoder."
+    )
+
+
+def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
+    """Every other arm minus the first, paired on the test rows, for each evaluation that both have: overall,
+    the mean over the groups and the worst group of every grouping. With the largest label fraction and the
+    first seed of its subset."""
+    (reference, first), *others = jobs.items()
+    found = []
+    for index, settings in enumerate(first.recipe.evaluate):
+        for name, job in others:
+            labels = [entry.label for entry in job.recipe.evaluate]
+            if settings.label in labels and job.table.fingerprint == first.table.fingerprint:
+                arms = job.scores(labels.index(settings.label)), first.scores(index)
+                found += [
+                    {"name": f"{name} {MINUS} {reference}", **entry}
+                    for entry in differences_of(settings, first.table, *arms)
+                ]
+    return found
+
+
+def differences_of(
+    settings: EvaluationSettings,
+    table: ImageTable,
+    arrays: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """The scores `arrays` minus those of `reference`, both as `Pipeline.scores` returns them."""
+    fraction, seed = max(settings.fractions), settings.seeds[0]
+    subset = f"scores-{fraction:g}-{seed}"
+    if subset not in arrays:
+        return []
+    y, arms = reference["y"], (arrays[subset], reference[subset])
+    test, resamples = table.frame.iloc[reference["row"]], settings.resamples
+    patients = None if table.group is None else test[table.group].to_numpy()
+    found = {"all": paired_difference(y, *arms, patients=patients, resamples=resamples)}
+    for grouping in settings.by:
+        labels = test[grouping].to_numpy()
+        worst = paired_worst_group(y, *arms, labels, patients=patients, resamples=resamples)
+        if worst["groups"]:
+            found[f"mean over {grouping} {', '.join(worst['groups'])}"] = paired_mean_of_groups(
+                y, *arms, labels, worst["groups"], patients=patients, resamples=resamples
+            )
+        found[f"each arm's worst {grouping}"] = worst
+    labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
+    what = f"{titled(settings.name)} of {settings.target}{labels_used}"
+    return [{"of": f"{what}, {where}", "unit": "AUC", **entry} for where, entry in found.items()]
 
 
 def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:

@@ -75,6 +75,8 @@ def test_a_run_leaves_what_a_person_looks_for(done: Pipeline) -> None:
     (result,) = json.loads((done.folder / "knn-disease.json").read_text())
     assert set(result["groups"]["scanner"]["table"]) == {"A", "B", "C", "D"}
     assert result["data"]["fingerprint"] == done.table.fingerprint
+    assert result["encoder"] == done.encoder_stage.key
+    assert result["git"] == environment["git"]
 
 
 def test_a_second_run_reuses_every_stage(done: Pipeline) -> None:
@@ -180,7 +182,7 @@ def test_a_recipe_that_does_not_fit_the_table_is_refused_before_the_run_folder_e
         wrong.run()
     message = str(caught.value)
     assert "generator.parents = 'weight': no such attribute" in message
-    assert "did you mean 'disease'?" in message
+    assert "evaluate[0].target = 'diseas': no such attribute; the nearest is 'disease'" in message
     assert "evaluate[0].by = 'age': is continuous" in message
     assert "resnet18" in message
     assert not wrong.folder.exists()

@@ -8,9 +8,19 @@ import pytest
 
 from cfssl.demo import run_demo
 from cfssl.errors import UserError
+from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
-from cfssl.summary import bank_sheet, compare, print_result, report_of, slot_names, spread_over_domains
+from cfssl.summary import (
+    bank_sheet,
+    compare,
+    curves_caption,
+    differences,
+    print_result,
+    report_of,
+    slot_names,
+    spread_over_domains,
+)
 
 PLAIN: dict[str, Any] = {
     "name": "plain",
@@ -46,18 +56,15 @@ def test_a_supervised_run_without_bank_or_evaluation_has_a_page(runs: Path) -> N
     assert text.count("data:image/png;base64,") == 2  # the first batch and the loss
 
 
+def two_arms(runs: Path) -> dict[str, Pipeline]:
+    views = {"counterfactual": {"variable": "scanner", "view": [0, 1], "shared": True}}
+    return {"CF": job(runs, WITH_BANK), "plus": job(runs, WITH_BANK, name="plus", views=views)}
+
+
 def test_arms_side_by_side_show_every_value_of_their_results(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms = {
-        "CF": job(runs, WITH_BANK),
-        "plus": job(
-            runs,
-            WITH_BANK,
-            name="plus",
-            views={"counterfactual": {"variable": "scanner", "view": [0, 1], "shared": True}},
-        ),
-    }
+    arms = two_arms(runs)
     text = compare(arms, runs / "both", "Two arms").read_text()
     for arm in arms.values():
         (result,) = arm.evaluations()
@@ -67,6 +74,72 @@ def test_arms_side_by_side_show_every_value_of_their_results(
             assert f"{row['auc']['value']:.3f}" in text
             assert f"{row['auc']['value']:.3f}" in printed
     assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+def test_every_other_arm_is_compared_with_the_first_on_the_same_test_rows(runs: Path) -> None:
+    arms = two_arms(runs)
+    found = differences(arms)
+    first, other = (arm.scores(0) for arm in arms.values())
+    table = arms["CF"].table
+    test = table.frame.iloc[first["row"]]
+    scanner, patients = test["scanner"].to_numpy(), test["patient"].to_numpy()
+    scores = first["y"], other["scores-1-0"], first["scores-1-0"]
+    options: dict[str, Any] = {"patients": patients, "resamples": 20}
+    expected = {
+        "all": paired_difference(*scores, **options),
+        "mean over scanner A, B, C, D": paired_mean_of_groups(*scores, scanner, list("ABCD"), **options),
+        "each arm's worst scanner": paired_worst_group(*scores, scanner, **options),
+    }
+    assert [entry["of"].split("disease, ")[1] for entry in found] == list(expected)
+    for entry, difference in zip(found, expected.values(), strict=True):
+        assert entry["name"] == "plus − CF"
+        assert difference.items() <= entry.items()
+    assert len({entry["value"] for entry in found}) == 3
+    text = compare(arms, runs / "paired", "Two arms").read_text()
+    for entry in found:
+        shown = [f"{entry[key]:+.3f}".replace("-", "−") for key in ("value", "low", "high")]
+        assert all(figure in text for figure in shown)
+    assert "one training seed, so they exclude the variance between training runs" in text
+    assert differences({"CF": arms["CF"]}) == []
+
+
+def test_an_evaluation_that_only_one_arm_has_is_not_compared(runs: Path) -> None:
+    evaluation = {**WITH_BANK["evaluate"][0], "target": "sex", "by": []}
+    arms = {"CF": job(runs, WITH_BANK), "other": job(runs, WITH_BANK, name="other", evaluate=[evaluation])}
+    assert differences(arms) == []
+
+
+def test_a_subset_of_the_labels_is_named_where_arms_are_compared(runs: Path) -> None:
+    evaluation = {**WITH_BANK["evaluate"][0], "by": [], "fractions": [0.5, 0.25], "seeds": [7, 8]}
+    arms = {name: job(runs, WITH_BANK, name=name, evaluate=[evaluation]) for name in ("one", "two")}
+    (found,) = differences(arms)
+    assert found["of"] == "k nearest neighbours of disease, 50 % of the labels (seed 7), all"
+
+
+def test_losses_of_different_tasks_are_said_to_be_no_comparison(runs: Path) -> None:
+    arms = list(two_arms(runs).values())
+    assert "a lower curve does not mean a better encoder" in curves_caption(arms)
+    again = job(runs, WITH_BANK, name="again", train={**WITH_BANK["train"], "seed": 1})
+    assert curves_caption([arms[0], again]) == "Loss of the pre-training."
+
+
+def test_a_value_without_interval_is_printed_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "a class is absent from 15 of 20 resamples"
+    row = {"n": 4, "auc": {"value": 0.75, "low": None, "high": None, "reason": reason}}
+    empty = {"n": 1, "auc": {"value": None, "low": None, "high": None, "reason": "no row of class 1"}}
+    result = {
+        "evaluation": "knn",
+        "target": "disease",
+        "metrics": ["auc"],
+        "protocol": {"label_fraction": 1.0},
+        "overall": row,
+        "groups": {"g": {"table": {"few": row, "one": empty}, "worst": {"auc": None}, "gap": {"auc": None}}},
+    }
+    print_result(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split(maxsplit=1) == ["all", f"0.750  ({reason})  n 4"]
+    assert lines[2].split(maxsplit=2) == ["g", "few", f"0.750  ({reason})  n 4"]
+    assert lines[3].split(maxsplit=2) == ["g", "one", "-      (no row of class 1)  n 1"]
 
 
 def test_the_sheet_takes_patients_from_every_scanner_in_turn(runs: Path, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ STYLES = ("-", "--", ":", "-.")  # once the colours are used up
 SHARE = 0.05  # of a curve's points that one smoothed point averages, at either side together
 
 
-def loss_curves(path: Path, runs: Mapping[str, Path], key: str = "loss") -> None:
-    """Draws `key` over the optimiser steps: per arm the logged values, faint, and their running mean.
+def loss_curves(path: Path, runs: Mapping[str, Path]) -> None:
+    """Draws the loss over the optimiser steps: per arm the logged values, faint, and their running mean.
 
     `runs`: the metrics.jsonl of every arm. Raises `UserError` when there is no arm, a file is missing or none
-    of its lines has `key`.
+    of its lines has a loss.
     """
     if not runs:
         raise UserError("There are no runs to draw curves of; give at least one metrics.jsonl.")
@@ -31,7 +31,7 @@ def loss_curves(path: Path, runs: Mapping[str, Path], key: str = "loss") -> None
     axes = figure.add_subplot()
     smooth: list[Line2D] = []
     for index, metrics in enumerate(runs.values()):
-        steps, values = read_curve(metrics, key)
+        steps, values = read_curve(metrics)
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         smooth += axes.plot(steps, running_mean(values), color=colour, linestyle=style, linewidth=1.6)
@@ -40,7 +40,7 @@ def loss_curves(path: Path, runs: Mapping[str, Path], key: str = "loss") -> None
         # Set afterwards: names are neither mathematics nor, with a leading underscore, to be left out.
         text.set(text=name, parse_math=False)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel(key, parse_math=False)
+    axes.set_ylabel("loss")
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
@@ -51,19 +51,19 @@ def loss_curves(path: Path, runs: Mapping[str, Path], key: str = "loss") -> None
         figure.savefig(temporary, format="png")
 
 
-def read_curve(metrics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (n,) of the lines that have `key`; values that are not finite become NaN, a gap in the
+def read_curve(metrics: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values (n,) of the lines that have a loss; what is not finite becomes NaN, a gap in the
     curve."""
     if not Path(metrics).is_file():
         raise UserError(f"{metrics} does not exist; give the metrics.jsonl of a run that has trained.")
     lines = read_metrics(Path(metrics))
-    found = [line for line in lines if key in line]
+    found = [line for line in lines if "loss" in line]
     if not found:
         known = sorted({name for line in lines for name in line}) or "nothing"
         raise UserError(
-            f"{metrics} has no values of {key!r}, but of {known}; choose one of these or train first."
+            f"{metrics} has no values of 'loss', but of {known}; give the metrics.jsonl of a pre-training."
         )
-    values = np.array([line[key] for line in found], dtype=np.float64)
+    values = np.array([line["loss"] for line in found], dtype=np.float64)
     return np.array([line["step"] for line in found]), np.where(np.isfinite(values), values, math.nan)
 
 

@@ -21,7 +21,7 @@ from cfssl.files import atomic_path
 
 DPI = 128  # a power of two: width / DPI inches come back as the same whole number of pixels
 GAP, GROUP_GAP, ROW_GAP, MARGIN, FRAME, LINE = 6, 18, 14, 14, 4, 18  # pixels; LINE is one line of text
-POINTS, TITLE_POINTS = 7.5, 10.0
+POINTS = 7.5
 INK, RULE = "#222222", 150
 
 
@@ -92,7 +92,6 @@ def draw(
     lines: Sequence[Line],
     columns: Sequence[str],
     groups: Sequence[tuple[str, int]] = (),
-    title: str | None = None,
     legend: Sequence[Key] = (),
 ) -> None:
     """Writes the sheet. `groups`: headings over neighbouring columns, as (heading, number of columns)."""
@@ -104,9 +103,6 @@ def draw(
     sheet_width = MARGIN + max(lefts[-1] + width + frame, MARGIN + key_width)
 
     sheet, y = Sheet(), MARGIN
-    if title:
-        sheet.write(title, MARGIN, y, sheet_width - 2 * MARGIN, size=TITLE_POINTS)
-        y += LINE + 12
     if any(heading for heading, _ in groups):
         first = 0
         for heading, size in groups:

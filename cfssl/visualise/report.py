@@ -48,10 +48,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """`comparisons`: paired differences between arms, as {"name", "value", "low", "high", "unit"}, with
-    "reason" where the value is null and "seeds" where there is a difference for each of several training
-    seeds. `provenance`: what was run, by what, when; nested as it comes. `recipe_text`: the resolved
-    recipe."""
+    """`comparisons`: paired differences between arms, as {"name", "of": what is compared, "value", "low",
+    "high", "unit", "seeds": that of each training seed}, with "reason" where the value is null. `provenance`:
+    what was run, by what, when; nested as it comes. `recipe_text`: the resolved recipe."""
 
     title: str
     subtitle: str
@@ -88,11 +87,12 @@ class Table:
 @dataclass(frozen=True)
 class Evaluation:
     """The tables of one evaluation: `main` in sight, `more` (other metrics, label fractions, label subsets)
-    folded away. `intervals`: how they were made. `protocol`: settings, with their value for each arm where
-    arms differ."""
+    folded away. `intervals`: how they were made; `more_intervals`: those of label subsets, if any.
+    `protocol`: settings, with their value for each arm where arms differ."""
 
     title: str
     intervals: str
+    more_intervals: str
     main: Sequence[Table]
     more: Sequence[Table]
     protocol: Mapping[str, str]
@@ -113,7 +113,7 @@ def write_report(report: Report, path: Path) -> None:
         pictures=[(picture, data_uri(picture.path)) for picture in report.pictures],
         evaluations=found,
         comparisons=compared(report.comparisons),
-        paired=paired_sentence(found, report.comparisons),
+        paired=paired_sentence(report.comparisons),
         provenance=[(key, words(value)) for key, value in report.provenance.items()],
         dash=DASH,
     )
@@ -173,9 +173,12 @@ def evaluation(
                 table = group_table(metric, grouping, labels, results, arms)
                 is_main = (fraction, seed) == order[0] and metric == reference["metrics"][0]
                 (main if is_main else more).append(table)
-    first = section[order[0]]
-    protocol = next(iter(first.values()))["protocol"]
-    return Evaluation(title, str(protocol.get("intervals", "")), main, more, merged_protocol(first))
+    first, last = (
+        next(iter(section[subset].values()))["protocol"]["intervals"] for subset in (order[0], order[-1])
+    )
+    return Evaluation(
+        title, first, last if last != first else "", main, more, merged_protocol(section[order[0]])
+    )
 
 
 def check_same_data(title: str, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -292,6 +295,7 @@ class Compared:
     share."""
 
     name: str
+    of: str
     unit: str
     cell: Cell
     verdict: str
@@ -306,34 +310,35 @@ def compared(comparisons: Sequence[Mapping[str, Any]]) -> list[Compared]:
         ends[entry["unit"]] = max([ends.get(entry["unit"], 0.0), *known])
     found = []
     for entry in comparisons:
-        name, unit, value, low, high = (entry[key] for key in ("name", "unit", "value", "low", "high"))
+        value, low, high = (entry[key] for key in ("value", "low", "high"))
+        what = entry["name"], entry["of"], entry["unit"]
         if value is None:
-            found.append(Compared(name, unit, Cell(DASH, note=entry.get("reason", "no value")), "no value"))
+            found.append(Compared(*what, Cell(DASH, note=entry.get("reason", "no value")), "no value"))
             continue
         if low is None or high is None:
             note = entry.get("reason", "no interval")
-            found.append(Compared(name, unit, Cell(number(value, signed=True), note=note), "no interval"))
+            found.append(Compared(*what, Cell(number(value, signed=True), note=note), "no interval"))
             continue
         interval = f"[{number(low, signed=True)}, {number(high, signed=True)}]"
         verdict = "above 0" if low > 0 else "below 0" if high < 0 else "contains 0"
-        end = ends[unit] or 1.0
+        end = ends[entry["unit"]] or 1.0
         places = (50 + 47 * low / end, 50 + 47 * value / end, 50 + 47 * high / end)
-        found.append(Compared(name, unit, Cell(number(value, signed=True), interval), verdict, places))
+        found.append(Compared(*what, Cell(number(value, signed=True), interval), verdict, places))
     return found
 
 
-def paired_sentence(found: Sequence[Evaluation], comparisons: Sequence[Mapping[str, Any]]) -> str:
+def paired_sentence(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """How the intervals of differences were made."""
-    intervals = next((entry.intervals for entry in found if entry.intervals), "")
-    made = f" Intervals: {intervals}; every resample draws the same for both arms." if intervals else ""
-    seeds = max((len(entry.get("seeds", ())) for entry in comparisons), default=0)
+    seeds = max((len(entry["seeds"]) for entry in comparisons), default=0)
+    made = (
+        "The first-named arm minus the second, on the same test rows. Intervals: 95 %, from resamples of the "
+        "test rows (whole groups, where the table has them) that are the same for both arms"
+    )
     if seeds > 1:
-        made += f" The {seeds} training seeds are resampled too."
-    elif seeds == 1:
-        made += (
-            " There is one training seed, so they speak of other test sets and not of other training runs."
-        )
-    return f"The first arm minus the second, on the same test rows.{made}"
+        made += f", and from the spread of the {seeds} training seeds."
+    else:
+        made += ". There is one training seed, so they exclude the variance between training runs."
+    return f"{made} Nothing is corrected for the number of comparisons."
 
 
 def words(content: Any) -> str:

@@ -29,7 +29,6 @@ def contact_sheet(
     rows: Sequence[Sequence[np.ndarray | None]],
     columns: Sequence[str],
     row_labels: Sequence[str] | None = None,
-    title: str | None = None,
     differences: bool = False,
     groups: Sequence[tuple[str, int]] = (),
     notes: Sequence[str] = (),
@@ -63,7 +62,7 @@ def contact_sheet(
             ]
             paired += [Line(line.tiles, GAP), Line([None, *maps])]
         lines = paired
-    draw(path, lines, columns, groups, title, legend)
+    draw(path, lines, columns, groups, legend)
 
 
 def counterfactual_sheet(
@@ -74,7 +73,6 @@ def counterfactual_sheet(
     names: Sequence[str],
     factual: Sequence[str],
     available: np.ndarray | None = None,
-    title: str | None = None,
 ) -> None:
     """Writes per patient: the original and, for each do(), the counterfactual (beside the true one, where
     there is one), with the signed change from the original below.
@@ -111,12 +109,10 @@ def counterfactual_sheet(
         groups = [("", 1), *((name, 2) for name in names)]
     note = "Grey: the image has this value already, or lacks an attribute that the intervention needs."
     notes = [note] if available is not None and not available.all() else []
-    contact_sheet(path, rows, columns, factual, title, differences=True, groups=groups, notes=notes)
+    contact_sheet(path, rows, columns, factual, differences=True, groups=groups, notes=notes)
 
 
-def view_grid(
-    path: Path, batch: ViewBatch, names: Sequence[str], items: int = 8, title: str | None = None
-) -> None:
+def view_grid(path: Path, batch: ViewBatch, names: Sequence[str], items: int = 8) -> None:
     """Writes the first `items` of a batch as objectives see it: the views of an item side by side, framed and
     captioned by the stored image that they show; pixels from outside of the image are hatched.
 
@@ -150,7 +146,7 @@ def view_grid(
         swatch = hatched(np.zeros((12, 24, 3), np.uint8), np.ones((12, 24), bool))
         legend = [Key("outside of the stored image", swatch)]
     columns = [f"view {view}" for view in range(views)] * across
-    draw(path, lines, columns, [("", views)] * across, title, legend)
+    draw(path, lines, columns, [("", views)] * across, legend)
 
 
 def as_float(image: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def test_curves_hold_the_logged_values_without_a_line_cut_short(tmp_path: Path) 
     path = metrics(tmp_path / "metrics.jsonl", [3.0, 2.5, float("nan")])
     with path.open("a") as file:
         file.write('{"step": 30, "audit": 1.0}\n{"step": 40, "lo')
-    steps, values = read_curve(path, "loss")
+    steps, values = read_curve(path)
     assert steps.tolist() == [0, 10, 20]
     assert values[:2].tolist() == [3.0, 2.5]
     assert np.isnan(values[2])

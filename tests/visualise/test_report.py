@@ -175,7 +175,9 @@ def test_words_of_users_are_never_html(tmp_path: Path) -> None:
         tmp_path,
         arms=[Arm(evil, evil, [entry])],
         pictures=[Picture(evil, evil, tmp_path / "picture.png")],
-        comparisons=[{"name": evil, "unit": evil, "value": 0.1, "low": 0.0, "high": 0.2}],
+        comparisons=[
+            {"name": evil, "of": evil, "unit": evil, "value": 0.1, "low": 0.0, "high": 0.2, "seeds": [0.1]}
+        ],
         provenance={evil: {evil: [evil]}},
         recipe_text=evil,
     )
@@ -202,7 +204,7 @@ def test_an_arm_without_an_evaluation_says_so(tmp_path: Path) -> None:
 
 
 def test_only_differences_whose_interval_excludes_0_are_bold(tmp_path: Path) -> None:
-    unit = {"unit": "AUC"}
+    unit = {"unit": "AUC", "of": "all", "seeds": [0.02]}
     comparisons = [
         {"name": "up", "value": 0.02, "low": 0.01, "high": 0.03, **unit},
         {"name": "down", "value": -0.02, "low": -0.03, "high": -0.01, **unit},
@@ -213,12 +215,12 @@ def test_only_differences_whose_interval_excludes_0_are_bold(tmp_path: Path) -> 
     ]
     page = page_of(tmp_path, comparisons=comparisons)
     assert [row[:3] + row[4:5] for row in page.rows[1:]] == [
-        ["up", "+0.020", "[+0.010, +0.030]", "above 0"],
-        ["down", "−0.020", "[−0.030, −0.010]", "below 0"],
-        ["unclear", "+0.020", "[−0.010, +0.050]", "contains 0"],
-        ["touching", "+0.020", "[+0.000, +0.050]", "contains 0"],
-        ["unknown", "— 1", "—", "no value"],
-        ["bare", "+0.500 2", "—", "no interval"],
+        ["up all", "+0.020", "[+0.010, +0.030]", "above 0"],
+        ["down all", "−0.020", "[−0.030, −0.010]", "below 0"],
+        ["unclear all", "+0.020", "[−0.010, +0.050]", "contains 0"],
+        ["touching all", "+0.020", "[+0.000, +0.050]", "contains 0"],
+        ["unknown all", "— 1", "—", "no value"],
+        ["bare all", "+0.500 2", "—", "no interval"],
     ]
     bold = [given for tag, given in page.tags if tag == "td" and given.get("class") == "apart"]
     assert len(bold) == 2
@@ -227,9 +229,25 @@ def test_only_differences_whose_interval_excludes_0_are_bold(tmp_path: Path) -> 
 def test_paired_differences_as_the_evaluation_makes_them_are_taken(tmp_path: Path) -> None:
     arms = [[scores(lift, seed) for seed in (1, 2, 3)] for lift in (2, 1)]
     difference = paired_difference(Y, *arms, resamples=50)
-    page = page_of(tmp_path, comparisons=[{"name": "a − b", "unit": "AUC", **difference}])
+    page = page_of(tmp_path, comparisons=[{"name": "a − b", "of": "all", "unit": "AUC", **difference}])
     assert f"+{difference['value']:.3f}" in page.rows[1][1]
-    assert "3 training seeds" in page.text
+    assert "spread of the 3 training seeds" in page.text
+    assert "one training seed" not in page.text
+
+
+def test_what_intervals_leave_out_is_said(tmp_path: Path) -> None:
+    whole, subset = result(1, 1), result(1, 1, fraction=0.1)
+    subset["protocol"]["intervals"] += "; the variance between label subsets is not in them"
+    one = paired_difference(Y, scores(2, 1), scores(1, 1), resamples=50)
+    comparisons = [{"name": "a − b", "of": "all", "unit": "AUC", **one}]
+    page = page_of(tmp_path, arms=[Arm("SimCLR", "", [whole, subset])], comparisons=comparisons)
+    assert "one training seed, so they exclude the variance between training runs" in page.text
+    assert "Each arm is one training run: the variance between training runs is not in them" in page.text
+    assert (
+        "Intervals of label subsets: 95 %, bootstrap, 50 resamples; the variance between label" in page.text
+    )
+    alone = page_of(tmp_path, arms=[Arm("SimCLR", "", [whole])])
+    assert "label subsets" not in alone.text.replace("Other metrics and label subsets", "")
 
 
 def test_provenance_and_recipe_are_shown_whole(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_image_stands_exactly_in_its_row_and_column(tmp_path: Path, channels: int) -> None:
     images = noise(2, 3, channels)
     labels = ["$unclosed_{$", "a label much longer than its tile is wide"]
-    contact_sheet(tmp_path / "sheet.png", images, ["A", "B", "C"], labels, title="Title")
+    contact_sheet(tmp_path / "sheet.png", images, ["A", "B", "C"], labels)
     sheet = pixels_of(tmp_path / "sheet.png")
     found = np.array([[only_place(sheet, image) for image in row] for row in images])  # (2, 3, [top, left])
     assert (found[:, 0, 0] == found[:, 2, 0]).all()
