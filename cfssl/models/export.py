@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cfssl.errors import UserError
+from cfssl.models.backbone import feature_size, has_fixed_image_size
 
 
 def export_encoder(
@@ -29,7 +30,7 @@ def export_encoder(
     config = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": encoder.num_features,
+        "num_features": feature_size(encoder),
         # Stated, because a loader's default normalisation would silently shift every feature.
         "pretrained_cfg": {
             "input_size": list(shape),
@@ -39,15 +40,12 @@ def export_encoder(
             "interpolation": "bilinear",
             "crop_pct": 1.0,
         },
-        "model_args": {"in_chans": shape[0], **_image_size(name, shape)},
+        "model_args": {
+            "in_chans": shape[0],
+            **({"img_size": list(shape[1:])} if has_fixed_image_size(name) else {}),
+        },
         "cfssl": provenance,
     }
     # safetensors stores plain layouts only; training keeps the channels last
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format)
     save_for_hf(plain, str(folder), model_config=config, safe_serialization=True)
-
-
-def _image_size(name: str, shape: tuple[int, int, int]) -> dict[str, int]:
-    from cfssl.models.backbone import has_fixed_image_size
-
-    return {"img_size": shape[1]} if has_fixed_image_size(name) else {}
