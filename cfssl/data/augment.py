@@ -13,24 +13,25 @@ import random
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from cfssl.settings import STRICT, NonNegative, Probability, Range
+from cfssl.settings import STRICT, NonNegative, PositiveRange, Probability, ShareRange, UnitInterval
 
 
 @dataclass(frozen=True, config=STRICT)
 class PhotometricSettings:
-    """Strengths are largest relative changes (0 switches an operation off) on pixels in [0, 1]; sigma is in
-    pixels; `erase_scale` is the share of the side of the one erased rectangle."""
+    """Strengths are largest changes (0 switches an operation off) on pixels in [0, 1]: `brightness` is added,
+    `contrast` multiplied, `noise` a standard deviation; sigma is in pixels; `erase_scale` is the share of the
+    side of the one erased rectangle."""
 
-    brightness: NonNegative = 0.2
-    contrast: NonNegative = 0.2
+    brightness: UnitInterval = 0.2
+    contrast: UnitInterval = 0.2
     jitter_probability: Probability = 0.8
     gamma: NonNegative = 0.0
     gamma_probability: Probability = 0.5
-    blur_sigma: Range = (0.1, 1.0)
+    blur_sigma: PositiveRange = (0.1, 1.0)
     blur_probability: Probability = 0.0
-    noise: NonNegative = 0.02
+    noise: UnitInterval = 0.02
     noise_probability: Probability = 0.0
-    erase_scale: Range = (0.1, 0.3)
+    erase_scale: ShareRange = (0.1, 0.3)
     erase_probability: Probability = 0.0
 
 

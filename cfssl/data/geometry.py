@@ -7,13 +7,16 @@ matched points of two views are known exactly, and an image is interpolated once
 """
 
 import math
+from typing import Annotated
 
 import cv2
 import numpy as np
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cfssl.settings import STRICT, NonNegative, Probability, Range
+from cfssl.settings import STRICT, PositiveRange, Probability, ShareRange
 
+ROUNDING = 1e-6  # of float32 coordinates; a ten-thousandth of a pixel at 200 pixels
 BORDERS = {"constant": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
 
 
@@ -23,9 +26,9 @@ class GeometrySettings:
     relative to the source's, log-uniform over what fits at that area; `rotation`: largest angle in degrees,
     either way; flips: probabilities."""
 
-    crop_scale: Range = (0.3, 1.0)
-    crop_ratio: Range = (0.75, 4 / 3)
-    rotation: NonNegative = 0.0
+    crop_scale: ShareRange = (0.3, 1.0)
+    crop_ratio: PositiveRange = (0.75, 4 / 3)
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     horizontal_flip: Probability = 0.5
     vertical_flip: Probability = 0.0
 
@@ -90,16 +93,22 @@ def grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return (2 * np.arange(width) + 1) / width - 1, (2 * np.arange(height) + 1) / height - 1
 
 
-def valid_mask(affines: np.ndarray, view_size: tuple[int, int]) -> np.ndarray:
-    """True where the point a view pixel shows lies inside the source image; bool (n, H, W) for affines (n, 2,
-    3)."""
-    x, y = grid(view_size)
+def valid_mask(affines: np.ndarray, view_size: tuple[int, int], source_size: tuple[int, int]) -> np.ndarray:
+    """True where a view pixel is made of source pixels alone; bool (n, H, W) for affines (n, 2, 3), sizes as
+    (height, width).
+
+    That is where its point lies between the centres of the outermost source pixels: half a pixel nearer to
+    the edge, interpolation already mixes in what is outside.
+    """
+    x, y = (centres.astype(np.float32) for centres in grid(view_size))
     inside = np.ones((len(affines), *view_size), dtype=bool)
-    for axis in range(2):
-        row = affines[:, axis]
-        along_x = row[:, 0, None] * x + row[:, 2, None]
-        along_y = row[:, 1, None] * y
-        inside &= np.abs(along_x[:, None, :] + along_y[:, :, None]) <= 1
+    for axis, side in enumerate(reversed(source_size)):
+        along_x, along_y, offset = affines[:, axis].T.astype(np.float32)
+        limit = 1 - 1 / side + ROUNDING
+        farthest = np.abs(along_x) * x[-1] + np.abs(along_y) * y[-1] + np.abs(offset)
+        for place in np.flatnonzero(farthest > limit):  # the other views are inside with all their pixels
+            row, column = along_x[place] * x + offset[place], along_y[place] * y
+            inside[place] &= np.abs(row + column[:, None]) <= limit
     return inside
 
 

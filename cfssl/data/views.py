@@ -39,7 +39,7 @@ class ViewBatch:
     is_counterfactual: torch.Tensor  # (B, V) bool
     slot: torch.Tensor  # (B, V) long: which stored image the view shows, 0 = real, k = k-th do() of the bank
     affine: torch.Tensor  # (B, V, 2, 3) float32, view -> source in normalised pixel-centre coordinates
-    valid: torch.Tensor  # (B, V, H, W) bool: the pixel shows a point inside the source
+    valid: torch.Tensor  # (B, V, H, W) bool: the pixel is made of source pixels alone
     attributes: dict[str, torch.Tensor]  # factual, (B,) each
     row: torch.Tensor  # (B,) long: row of the table
     labels: torch.Tensor | None = None  # (B, V, M, H, W) masks warped with the views
@@ -296,13 +296,13 @@ class ViewData:
                 warped = warped.reshape(*view_size, -1)  # OpenCV drops a single channel
                 seed = derive_seed(self.seed, "look", step, position, view)
                 images[position, view] = self.photometric(warped, seed).transpose(2, 0, 1)
-        valid = valid_mask(affines.reshape(-1, 2, 3), view_size).reshape(len(items), count, *view_size)
+        valid = valid_mask(affines.reshape(-1, 2, 3), view_size, (height, width))
         whole = ViewBatch(
             images=torch.from_numpy(images),
             is_counterfactual=torch.from_numpy(slots > 0),
             slot=torch.from_numpy(slots),
             affine=torch.from_numpy(affines.astype(np.float32)),
-            valid=torch.from_numpy(valid),
+            valid=torch.from_numpy(valid.reshape(len(items), count, *view_size)),
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
         )

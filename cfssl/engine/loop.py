@@ -26,7 +26,7 @@ from cfssl.engine.run import Run, torch_threads
 from cfssl.engine.schedules import warmup_cosine
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
-from cfssl.settings import STRICT, Count, NonNegative, Positive, Probability
+from cfssl.settings import STRICT, AboveOne, BelowOne, Count, NonNegative, Positive, Probability
 
 
 class Task(Protocol):
@@ -58,10 +58,10 @@ class TrainSettings:
     lr: Positive = 1e-3
     final_lr_share: Probability = 0.0
     weight_decay: NonNegative = 1e-2
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     warmup: Probability = 0.05
     clip: Positive | None = None
-    skip_factor: Positive | None = None
+    skip_factor: AboveOne | None = None
     log_every: Count = 10
     checkpoint_every: Count = 500
 

@@ -1,12 +1,14 @@
 """View plans give exactly the pairs of the papers; batches are a pure function of seed and step."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from cfssl.data.augment import PhotometricSettings
-from cfssl.data.geometry import GeometrySettings
+from cfssl.data.geometry import GeometrySettings, grid, to_source, to_view
 from cfssl.data.views import CounterfactualPlan, SlotPlan, ViewData, ViewSettings
 from cfssl.engine.loop import loader
 from cfssl.errors import UserError
@@ -134,18 +136,34 @@ def batches(workers: int, seed: int = 0, start: int = 0, stop: int = 8) -> list:
     return [micro[0] for micro in loader(data, range(start, stop), workers)]
 
 
-def test_two_workers_give_what_the_main_process_gives_and_no_two_batches_repeat() -> None:
+def test_two_workers_give_what_the_main_process_gives() -> None:
     alone, parallel = batches(0), batches(2)
     assert len(alone) == 8
     for first, second in zip(alone, parallel, strict=True):
         assert torch.equal(first.images, second.images)
         assert torch.equal(first.affine, second.affine)
-    # The trap: unseeded albumentations repeats its noise in every worker and epoch.
-    noise = [batch.images - batch.images.mean((2, 3, 4), keepdim=True) for batch in parallel]
-    for i in range(8):
-        for j in range(i):
-            assert not torch.equal(noise[i], noise[j])
-            assert not torch.allclose(parallel[i].affine, parallel[j].affine)
+    affines = torch.cat([batch.affine.flatten(1) for batch in parallel])
+    assert len(affines.unique(dim=0)) == len(affines) == 800
+
+
+class GreySource(MemorySource):
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        return np.full((*slots.shape, *self.shape), 128, dtype=np.uint8)
+
+
+def test_no_two_views_of_two_epochs_in_two_workers_have_the_same_noise() -> None:
+    """The trap: albumentations left to itself repeats its noise in every worker and epoch."""
+    noisy = PhotometricSettings(brightness=0, contrast=0, noise=0.1, noise_probability=1.0)
+    whole = GeometrySettings(crop_scale=(1, 1))
+    settings = ViewSettings(geometry=whole, photometric=noisy)
+    data = ViewData(GreySource(), settings, batch=100, epochs=2, seed=0)
+    images = torch.cat([micro[0].images for micro in loader(data, range(8), 2)])
+    noise = images.flatten(0, 1).flatten(1).double()  # (1600, 256)
+    noise -= noise.mean(1, keepdim=True)
+    noise /= noise.norm(dim=1, keepdim=True)
+    same = (noise @ noise.T).fill_diagonal_(0) > 0.5  # eight standard errors; a repetition has 1
+    # albumentations draws noise from 2^16 patterns: 1600^2 / 2 / 2^16 = 20 pairs agree by chance
+    assert same.sum() / 2 < 20 + 5 * 20**0.5
 
 
 def test_a_resumed_run_sees_the_same_batches_and_another_seed_others() -> None:
@@ -180,6 +198,75 @@ def test_views_of_a_tall_image_are_square_at_a_stated_size_and_else_as_stored(
     batch = ViewData(source, ViewSettings(size=size), batch=10, epochs=1, seed=0)[0][0]
     assert batch.images.shape == (10, 2, 1, *expected)
     assert batch.valid.shape == (10, 2, *expected)
+
+
+class CoordinateSource(MemorySource):
+    """Two channels: x and y of every pixel centre, from 0 at the left and upper edge to 1."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.shape = (2, height, width)
+        x, y = grid((height, width))
+        unit = (np.stack(np.meshgrid(x, y)) + 1) / 2
+        self.image = np.rint(unit * 65535).astype(np.uint16)
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.image, (*slots.shape, *self.shape)).copy()
+
+
+@pytest.mark.parametrize("border", ["constant", "reflect"])
+@pytest.mark.parametrize("size", [24, 64, None])
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (48, 32)])
+def test_every_pixel_shows_the_point_that_the_batch_says(
+    height: int, width: int, size: int | None, border: Literal["constant", "reflect"]
+) -> None:
+    """Through one view, and from view to view at matched points; to a thousandth of the side."""
+    settings = ViewSettings(
+        size=size,
+        border=border,
+        geometry=GeometrySettings(crop_scale=(0.3, 1.0), rotation=30, vertical_flip=0.5),
+        photometric=PhotometricSettings(brightness=0, contrast=0),
+    )
+    batch = ViewData(CoordinateSource(height, width), settings, batch=20, epochs=1, seed=0)[0][0]
+    shown = batch.images.numpy() * 2 - 1  # (B, V, 2, H, W)
+    affine, valid = batch.affine.double().numpy(), batch.valid.numpy()
+    points = np.stack(np.meshgrid(*grid(shown.shape[3:])), axis=2).reshape(-1, 2)
+    places = to_source(affine, points)  # (B, V, HW, 2)
+    seen = shown.reshape(*shown.shape[:3], -1).swapaxes(2, 3)
+    wrong = np.abs(seen - places).max(-1) / 2  # the side is 2
+    inside = valid.reshape(*valid.shape[:2], -1)
+    assert wrong[inside].max() < 1e-3
+    assert 0.5 < inside.mean() < 1
+    # outside: black, or the image mirrored at the centres of its outermost pixels
+    edge = 1 - 1 / np.array([width, height])
+    if border == "reflect":
+        mirrored = np.sign(places) * (edge - np.abs(np.abs(places) - edge))
+        assert (np.abs(seen - mirrored).max(-1)[~inside] / 2).max() < 1e-3
+    else:
+        outside = (np.abs(places) > edge + 2 / np.array([width, height])).any(-1)
+        assert outside.sum() > 100
+        assert (seen[outside] == -1).all()
+    for item in range(len(batch)):
+        matched = to_view(affine[item, 1], places[item, 0]).astype(np.float32)
+        sampled = grid_sample(torch.from_numpy(shown[item, 1]), torch.from_numpy(matched))
+        known = grid_sample(batch.valid[item, 1:2].float(), torch.from_numpy(matched))[:, 0] > 0.9999
+        both = known.numpy() & inside[item, 0]
+        assert both.sum() > 20
+        assert np.abs(sampled.numpy() - seen[item, 0])[both].max() / 2 < 1e-3
+
+
+def test_a_tall_image_is_rotated_rigidly() -> None:
+    whole = GeometrySettings(crop_scale=(1, 1), rotation=45)
+    batch = ViewData(CoordinateSource(48, 32), ViewSettings(geometry=whole), batch=10, epochs=1, seed=0)[0][0]
+    to_pixels = np.diag([32 / 48, 1.0])
+    turned = to_pixels @ batch.affine[..., :2].double().numpy() @ np.linalg.inv(to_pixels)
+    identity = np.broadcast_to(np.eye(2), turned.shape)
+    np.testing.assert_allclose(turned @ turned.swapaxes(-1, -2), identity, atol=1e-6)
+
+
+def grid_sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Values (n, C) of an image (C, H, W) at normalised points (n, 2), 0 outside."""
+    return torch.nn.functional.grid_sample(image[None], points[None, None], align_corners=False)[0, :, 0].T
 
 
 def test_views_show_the_slot_they_name() -> None:
