@@ -1,14 +1,17 @@
 """The report page of one recipe and of several holds what the result files say, also with little to show."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cfssl.demo import run_demo
 from cfssl.errors import UserError
 from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
 from cfssl.summary import (
@@ -16,6 +19,7 @@ from cfssl.summary import (
     compare,
     curves_caption,
     differences,
+    differences_of,
     print_result,
     report_of,
     slot_names,
@@ -101,6 +105,21 @@ def test_every_other_arm_is_compared_with_the_first_on_the_same_test_rows(runs: 
         assert all(figure in text for figure in shown)
     assert "one training seed, so they exclude the variance between training runs" in text
     assert differences({"CF": arms["CF"]}) == []
+
+
+def test_images_of_a_patient_count_as_one_in_every_difference() -> None:
+    rng = np.random.default_rng(0)
+    patient = np.arange(400) // 4  # four copies of each image
+    y, noise = patient % 2, rng.normal(size=(2, 100))[:, patient]
+    one, two = (np.stack([-score, score], axis=1) for score in noise + y)
+    frame = pd.DataFrame({"patient": patient, "scanner": np.array(["A", "B"])[patient // 2 % 2]})
+    settings = EvaluationSettings("knn", "disease", by=("scanner",), resamples=400)
+    widths = []
+    for group in (None, "patient"):
+        table: Any = SimpleNamespace(group=group, frame=frame)
+        arrays = [{"row": np.arange(400), "y": y, "scores-1-0": scores} for scores in (one, two)]
+        widths.append([entry["high"] - entry["low"] for entry in differences_of(settings, table, *arrays)])
+    np.testing.assert_allclose(np.divide(*widths[::-1]), [2, 2, 2], rtol=0.25)
 
 
 def test_an_evaluation_that_only_one_arm_has_is_not_compared(runs: Path) -> None:
