@@ -11,7 +11,7 @@ person looks for: the resolved recipe, the environment, which stages were used, 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cfssl.data.views import ViewData, ViewSource
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.progress import ProgressBar
-from cfssl.engine.run import Run, Tracker
+from cfssl.engine.run import Run, Tracker, torch_threads
 from cfssl.evaluate.evaluations import evaluate
 from cfssl.evaluate.features import extract, load_features, save_features
 from cfssl.files import read_json, write_json
@@ -40,31 +40,42 @@ from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.provenance import code_version, environment, fingerprint, git_state
 from cfssl.recipe import Recipe, write_recipe
 
+# The code that each stage's product depends on; what its input stages list counts through their keys.
+TRAINING_CODE = (
+    "seeds.py",
+    "engine/loop.py",
+    "engine/guard.py",
+    "engine/precision.py",
+    "engine/schedules.py",
+)
 TABLE_CODE = (
+    "seeds.py",
     "data/table.py",
     "data/columns.py",
+    "data/npz.py",
     "data/readers.py",
     "data/sources.py",
     "data/splits.py",
     "data/prepare.py",
+    "data/writer.py",
     "data/datasets.py",
     "data/morphomnist.py",
     "data/phantoms",
 )
-GENERATOR_CODE = ("scm", "generators", "engine/loop.py", "engine/guard.py", "engine/schedules.py")
-BANK_CODE = ("bank/build.py", "bank/shards.py", "generators/base.py")
+GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
+BANK_CODE = ("seeds.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
 ENCODER_CODE = (
+    "bank/store.py",
     "data/views.py",
     "data/geometry.py",
     "data/augment.py",
     "models",
     "objectives",
-    "engine/loop.py",
-    "engine/guard.py",
-    "engine/schedules.py",
+    *TRAINING_CODE,
 )
 FEATURE_CODE = ("evaluate/features.py", "data/geometry.py", "models")
 EVALUATION_CODE = (
+    "seeds.py",
     "evaluate/evaluations.py",
     "evaluate/probe.py",
     "evaluate/knn.py",
@@ -123,9 +134,8 @@ class Pipeline:
     def generator_stage(self) -> Stage | None:
         if self.recipe.generator is None:
             return None
-        return self._stage(
-            "generator", self.recipe.section("generator"), self.table_stage.key, code=GENERATOR_CODE
-        )
+        section, precision = self.recipe.section("generator"), self.recipe.hardware.precision
+        return self._stage("generator", section, precision, self.table_stage.key, code=GENERATOR_CODE)
 
     @cached_property
     def bank_stage(self) -> Stage:
@@ -169,6 +179,9 @@ class Pipeline:
         table = open_dataset(settings, self.table_stage.folder / "table")
         check_against_table(self.recipe, table)
         check_view_plan(self.recipe, table)
+        backbone = replace(self.recipe.backbone, pretrained=False)
+        if backbone.drop_path:  # not every model has it, and that is better known before hours of training
+            create_backbone(backbone, *view_shape(self.recipe, table), seed=0)
         return table
 
     @cached_property
@@ -243,9 +256,8 @@ class Pipeline:
         """The objective as it is before training: the same weights for every recipe with this backbone,
         objective and seed."""
         recipe = self.recipe
-        channels, height, _ = self.table.images.shape
-        side = recipe.views.size or height
-        encoder = create_backbone(recipe.backbone, channels, side, recipe.train.seed)
+        channels, size = view_shape(recipe, self.table)
+        encoder = create_backbone(recipe.backbone, channels, size, recipe.train.seed)
         classes = None
         if isinstance(recipe.objective, SupervisedSettings):
             classes = len(self.table.attributes[recipe.objective.target].categories)
@@ -334,15 +346,13 @@ class Pipeline:
 
     def export(self, folder: Path) -> None:
         """The encoder in timm's layout, with its provenance."""
-        channels, height, width = self.table.images.shape
-        side = self.recipe.views.size
-        shape = (channels, side or height, side or width)
+        channels, size = view_shape(self.recipe, self.table)
         provenance = {
             "recipe": self.recipe.model_dump(mode="json"),
             "encoder_key": self.encoder_stage.key,
             "data_fingerprint": self.table.fingerprint,
         }
-        export_encoder(self.encoder, folder, self.recipe.backbone.name, shape, provenance)
+        export_encoder(self.encoder, folder, self.recipe.backbone.name, (channels, *size), provenance)
 
     def _run(self, folder: Path) -> Run:
         return Run(folder, self.recipe.hardware, quiet=self.quiet, trackers=trackers(self.recipe, folder))
@@ -353,13 +363,21 @@ class Pipeline:
         if not reused:
             started = time.monotonic()
             stage.folder.mkdir(parents=True, exist_ok=True)
-            make(stage.folder)
+            with torch_threads(self.recipe.hardware.threads):
+                make(stage.folder)
             record = {"stage": stage.name, "key": stage.key, "seconds": round(time.monotonic() - started, 2)}
             write_json(stage.folder / "done.json", {**record, **environment()})
         self.used.setdefault(stage.folder.name, self._record(stage, reused))
 
     def _record(self, stage: Stage, reused: bool) -> dict[str, Any]:
         return {"stage": stage.name, "folder": str(stage.folder), "reused": reused}
+
+
+def view_shape(recipe: Recipe, table: ImageTable) -> tuple[int, tuple[int, int]]:
+    """Channels and (height, width) of the views."""
+    channels, height, width = table.images.shape
+    side = recipe.views.size
+    return channels, (side or height, side or width)
 
 
 def check_view_plan(recipe: Recipe, table: ImageTable) -> None:

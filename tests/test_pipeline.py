@@ -1,7 +1,9 @@
 """The pipeline: stages are reused exactly when nothing they depend on changed, and it ends in the same
 weights after a stop."""
 
+import ast
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import pytest
 import timm
 import torch
 
+import cfssl.pipeline
+from cfssl import provenance
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
 from cfssl.pipeline import Pipeline
@@ -97,7 +101,11 @@ def test_a_second_run_reuses_every_stage(done: Pipeline) -> None:
         ({"backbone": {"name": "resnet18"}}, {"encoder", "features", "evaluation"}),
         ({"evaluate": [{"name": "knn", "target": "sex"}]}, {"evaluation"}),
         ({"name": "another"}, set()),
-        ({"hardware": {"accelerator": "cpu", "workers": 2}}, set()),
+        (
+            {"hardware": {"accelerator": "cpu", "precision": "bf16-mixed"}},
+            {"generator", "bank", "encoder", "features", "evaluation"},
+        ),
+        ({"hardware": {"accelerator": "cpu", "workers": 2, "threads": 1}}, set()),
     ],
 )
 def test_a_change_remakes_its_stage_and_all_that_follow_and_nothing_else(
@@ -105,6 +113,103 @@ def test_a_change_remakes_its_stage_and_all_that_follow_and_nothing_else(
 ) -> None:
     changed = job(done.runs, **change)
     assert {stage.name for stage in changed.stages() if not stage.done} == remade
+
+
+ALL = ["table", "generator", "bank", "encoder", "features", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("file", "remade"),
+    [
+        ("seeds.py", ALL),
+        ("data/writer.py", ALL),
+        ("engine/precision.py", ALL[1:]),
+        ("scm/graph.py", ALL[1:]),
+        ("bank/shards.py", ALL[2:]),
+        ("data/augment.py", ALL[3:]),
+        ("data/geometry.py", ALL[3:]),
+        ("evaluate/metrics.py", ALL[5:]),
+        ("errors.py", []),
+        ("engine/progress.py", []),
+    ],
+)
+def test_a_change_of_code_remakes_what_it_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, remade: list[str]
+) -> None:
+    def keys() -> dict[str, str]:
+        provenance.code_version.cache_clear()
+        return {stage.name: stage.key for stage in job(tmp_path).stages()}
+
+    before = keys()
+    shutil.copytree(provenance.PACKAGE, tmp_path / "cfssl", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "cfssl" / file).open("a") as code:
+        code.write("\nCHANGED = True\n")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "cfssl")
+    after = keys()
+    provenance.code_version.cache_clear()
+    assert [name for name in ALL if after[name] != before[name]] == remade
+
+
+# Imported by the code of a stage without deciding what its product holds.
+PASSIVE = {
+    "__init__.py",
+    "errors.py",
+    "files.py",
+    "provenance.py",
+    "settings.py",
+    "engine/checkpoint.py",
+    "engine/meter.py",
+    "engine/progress.py",
+    "engine/run.py",
+    "evaluate/settings.py",
+}
+
+
+def test_the_code_of_a_stage_is_all_that_it_imports() -> None:
+    known: set[str] = set()
+    for stage in ALL:
+        code = getattr(cfssl.pipeline, f"{stage.removesuffix('s').upper()}_CODE")
+        files = {file for room in code for file in code_files(room)}
+        known |= files
+        imported = set().union(*(imported_files(file) for file in files))
+        assert imported - known - PASSIVE == set(), stage
+
+
+def code_files(room: str) -> set[str]:
+    """The Python files of a room, which is a folder or a file of the package, relative to it."""
+    path = provenance.PACKAGE / room
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return {file.relative_to(provenance.PACKAGE).as_posix() for file in files}
+
+
+def imported_files(file: str) -> set[str]:
+    """The files of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((provenance.PACKAGE / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cfssl":
+            module = Path(*node.module.split(".")[1:])
+            for path in (module / "__init__.py", module.with_suffix(".py") if module.name else module):
+                found |= {path.as_posix()} if (provenance.PACKAGE / path).is_file() else set()
+            for alias in node.names:  # a module of a package
+                path = (module / alias.name).with_suffix(".py")
+                found |= {path.as_posix()} if (provenance.PACKAGE / path).is_file() else set()
+    return found
+
+
+def test_every_stage_computes_with_the_stated_threads_and_leaves_them_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, before = [], torch.get_num_threads()
+
+    def prepare(*_: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cfssl.pipeline.prepare_dataset", prepare)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, hardware={"accelerator": "cpu", "threads": before + 1}).table  # noqa: B018
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_training_stopped_in_the_middle_goes_on_to_the_same_weights(done: Pipeline, tmp_path: Path) -> None:
@@ -146,8 +251,6 @@ def test_the_export_is_the_trained_encoder(done: Pipeline, tmp_path: Path) -> No
 
 
 def test_a_bank_that_lost_a_shard_is_named_and_mended(done: Pipeline, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(done.runs, tmp_path / "runs")
     broken = job(tmp_path / "runs")
     shard = broken.bank_stage.folder / "bank" / "shard-00000.npy"
@@ -161,8 +264,6 @@ def test_a_bank_that_lost_a_shard_is_named_and_mended(done: Pipeline, tmp_path: 
 
 
 def test_a_stage_whose_product_was_deleted_is_made_again(done: Pipeline, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(done.runs, tmp_path / "runs")
     again = job(tmp_path / "runs")
     again.encoder_stage.product.unlink()
@@ -201,6 +302,13 @@ def test_a_view_plan_the_bank_will_not_serve_is_refused_before_anything_is_train
     views = {"counterfactual": {"variable": "scanner", **plan}}
     with pytest.raises(UserError, match=expected):
         job(tmp_path, bank={"do": {"scanner": ["A", "B"]}}, views=views).table  # noqa: B018
+
+
+def test_stochastic_depth_that_the_backbone_lacks_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="vgg11 has no stochastic depth"):
+        job(tmp_path, backbone={"name": "vgg11", "drop_path": 0.1}).table  # noqa: B018
 
 
 def test_the_plan_draws_from_the_categories_of_the_table(done: Pipeline) -> None:
