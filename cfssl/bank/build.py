@@ -10,6 +10,7 @@ them apart.
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from cfssl.scm.graph import CausalGraph
 from cfssl.seeds import derive_seed, torch_generator
 
 Values = str | float | Sequence[str | float]  # "all", one value, or a list of them
+SHARDS = 1024  # about how many files a large bank has
+SHARD_MEGABYTES = (64, 1024)
+
 Interventions = Mapping[str, Values] | Sequence[Mapping[str, Values]]
 
 
@@ -57,12 +61,13 @@ def plan_bank(
     views: Sequence[View],
     seed: int,
     batch: int = 64,
-    megabytes: float = 64,
+    megabytes: float | None = None,
     rows_per_shard: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """The plan of a bank, which says how many shards it has. `megabytes` (2^20 bytes) bounds the size of a
-    shard unless `rows_per_shard` is given; a shard holds at least one item. Raises `UserError` for rows or
-    depths it cannot store."""
+    shard unless `rows_per_shard` is given; without either it grows with the bank, see `shard_megabytes`. A
+    shard holds at least one item. Raises `UserError` for rows or depths it cannot store."""
     rows = np.asarray(rows, dtype=np.int64)
     if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(table) or len(np.unique(rows)) < len(rows):
         raise UserError(
@@ -78,8 +83,9 @@ def plan_bank(
         raise UserError(
             f"The bank asks for {len(views)} counterfactuals per image and has no generator; give it one."
         )
-    image_bytes = int(np.prod(table.images.shape)) * dtype.itemsize
-    fitting = max(1, int(megabytes * 2**20) // ((1 + len(views)) * image_bytes))
+    item_bytes = (1 + len(views)) * math.prod(table.images.shape) * dtype.itemsize
+    megabytes = shard_megabytes(len(rows) * item_bytes) if megabytes is None else megabytes
+    fitting = max(1, int(megabytes * 2**20) // item_bytes)
     return Plan(
         dtype=dtype.name,
         shape=tuple(int(side) for side in table.images.shape),
@@ -92,7 +98,14 @@ def plan_bank(
         generator=None if generator is None else generator.fingerprint,
         graph=None if generator is None else generator.graph.to_json(),
         seed=seed,
+        device=None if generator is None else torch.device(device).type,
     )
+
+
+def shard_megabytes(total: int) -> float:
+    """How large a shard of a bank of `total` bytes is, in units of 2^20: 64, then as much as keeps their
+    number at 1,024, but no more than fits into memory while it is made."""
+    return min(max(SHARD_MEGABYTES[0], total / 2**20 / SHARDS), SHARD_MEGABYTES[1])
 
 
 def build(
@@ -104,21 +117,23 @@ def build(
     seed: int = 0,
     *,
     batch: int = 64,
-    megabytes: float = 64,
+    megabytes: float | None = None,
     rows_per_shard: int | None = None,
     device: torch.device | str = "cpu",
     shards: Iterable[int] | None = None,
+    check: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Builds a bank, or goes on with one that was interrupted; whole shards are kept.
 
     `shards` builds only these, for array jobs; then `cfssl.bank.shards.finish` has to be called once when all
-    are there. `device`: where the image side of the generator lies. `progress(done, total)` counts images.
-    Raises `UserError` when the folder holds something else, and when the generator returns something that is
-    no image.
+    are there. `device`: where the image side of the generator lies. `check` compares the pixels of the shards
+    that are there with their checksums, and makes those that `verify` would name again; without it their
+    sizes are compared. `progress(done, total)` counts images. Raises `UserError` when the folder holds
+    something else, and when the generator returns something that is no image.
     """
     folder, rows = Path(path), np.asarray(rows, dtype=np.int64)
-    plan = plan_bank(table, rows, generator, views, seed, batch, megabytes, rows_per_shard)
+    plan = plan_bank(table, rows, generator, views, seed, batch, megabytes, rows_per_shard, device)
     numbers = list(range(plan.shard_count)) if shards is None else list(shards)
     if numbers and (min(numbers) < 0 or max(numbers) >= plan.shard_count):
         raise UserError(
@@ -130,7 +145,7 @@ def build(
     total, done = sum(len(plan.items(number)) for number in numbers), 0
     for number in numbers:
         items = plan.items(number)
-        if complete_shard(folder, plan, number) is None:
+        if complete_shard(folder, plan, number, check) is None:
             images, index = _make_shard(plan, items, rows[items.start : items.stop], source)
             write_shard(folder, plan, number, images, index)
         done += len(items)
@@ -173,27 +188,29 @@ def _make_shard(plan: Plan, items: range, rows: np.ndarray, source: _Source) -> 
 def _make_counterfactuals(
     plan: Plan, block: slice, rows: np.ndarray, images: np.ndarray, index: "_ShardIndex", source: _Source
 ) -> None:
-    """Fills slots 1..K of a block of items, where the row has all parents and the do() changes something."""
+    """Fills slots 1..K of a block of items, where the row has the parents of the image and what the do()
+    concerns, and the do() changes something."""
     table, generator, device = source.table, source.generator, source.device
     assert generator is not None  # plan_bank refuses views without a generator
-    variables = generator.graph.variables
+    parents = generator.graph.image_parents
     places = np.arange(len(rows))[block]
-    places = places[source.known(variables, rows[places])]
+    places = places[source.known(parents, rows[places])]
     if len(places) == 0:
         return
-    factual = table.encode(variables, rows[places])
-    u = generator.abduct(to_signed(images[places, 0]).to(device), _to(factual, device))
+    x = to_signed(images[places, 0]).to(device)
+    u = generator.abduct(x, _to(table.encode(parents, rows[places]), device))
     for slot, view in enumerate(plan.views, 1):
-        do = intervention(view, table.attributes, len(places))
+        names = dict.fromkeys((*parents, *generator.graph.concerned(view)))
+        able = np.flatnonzero(source.known(names, rows[places]))
+        factual = table.encode(names, rows[places[able]])
+        do = intervention(view, table.attributes, len(able))
         changes = torch.stack([value != factual[name] for name, value in do.items()]).any(0)
-        chosen = changes.nonzero()[:, 0]
+        chosen = able[changes.numpy()]
         if len(chosen) == 0:
             continue
-        where = places[chosen.numpy()]
-        u_chosen = _take(u, chosen)
-        pa_cf, seeds = _act(
-            generator, u_chosen, _take(factual, chosen), _take(do, chosen), rows[where], view, plan.seed
-        )
+        where, u_chosen = places[chosen], _take(u, torch.from_numpy(chosen))
+        factual, do = _take(factual, changes), _take(do, changes)
+        pa_cf, seeds = _act(generator, u_chosen, factual, do, rows[where], view, plan.seed)
         x = generator.predict(u_chosen, _to(pa_cf, device))
         _refuse_no_image(x, (len(where), *plan.shape), rows[where], view)
         images[where, slot] = to_stored(x, images.dtype)
@@ -210,17 +227,13 @@ def _act(
     seed: int,
 ) -> tuple[Attributes, list[int]]:
     """pa* of each row with random numbers of its own, so that its neighbours in the batch do not matter; and
-    the seeds, -1 where nothing is random."""
-    if generator.graph.affected(do) == set(do):  # nothing follows from the do()
+    the seeds, -1 where nothing follows from the do()."""
+    if generator.graph.affected(do) == set(do):
         return generator.act(u, factual, do, torch_generator(seed)), [-1] * len(rows)
     text = json.dumps(view, sort_keys=True)
     seeds = [derive_seed(seed, "bank", int(row), text) for row in rows]
-    alone = []
-    for place, own in enumerate(seeds):
-        one = torch.tensor([place])
-        parts = _take(u, one), _take(factual, one), _take(do, one)
-        alone.append(generator.act(*parts, torch.Generator().manual_seed(own)))
-    return {name: torch.cat([single[name] for single in alone]) for name in factual}, seeds
+    streams = [torch.Generator().manual_seed(own) for own in seeds]
+    return generator.act(u, factual, do, streams), seeds
 
 
 class _ShardIndex:
@@ -257,7 +270,7 @@ class _ShardIndex:
             "do": pa.array([None, *map(json.dumps, self.plan.views)] * count, pa.string()),
             "available": pa.array(self.available.ravel()),
             "seed": pa.array(self.seeds.ravel()),
-            "checksum": pa.array([view_checksum(view) for item in images for view in item], pa.string()),
+            "checksum": pa.array([view_checksum(view) for item in images for view in item], pa.binary(16)),
         }
         for name, attribute in self.attributes.items():
             kind = pa.float64() if attribute.kind == "continuous" else pa.string()

@@ -9,6 +9,7 @@ import errno
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +21,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from cfssl.bank.shards import Plan, complete_shard, is_sound, read_record, shard_file, size_of, view_checksum
+from cfssl.bank.shards import (
+    Plan,
+    complete_shard,
+    is_sound,
+    read_bank_record,
+    read_record,
+    sealed,
+    shard_file,
+    size_of,
+    view_checksum,
+)
 from cfssl.errors import UserError
 
+MAPS = 4096  # shards mapped at a time: each takes a file descriptor and one of a process's 65,530 regions
+OTHER_FILES = 256  # descriptors left for the rest of the process
 COPY_ONE_BY_ONE = 32 * 1024  # bytes of a view from which the copying takes the time, not the calls
 
 
 class Bank:
     """An opened bank. Opening costs one JSON file and one `stat` per shard; a shard is mapped, and its
-    checksum compared, when it is first read. Sent to another process, a bank travels as its path and is
-    opened again there.
+    checksum compared, when it is first read. Of very many shards, those mapped longest ago are closed again.
+    Sent to another process, a bank travels as its path and is opened again there.
     """
 
     def __init__(
@@ -40,7 +53,7 @@ class Bank:
     ) -> None:
         """Use `open`."""
         self.path = Path(path)
-        record = read_record(self.path / "bank.json")
+        record = read_bank_record(self.path / "bank.json")
         self.plan = Plan.from_json(record["plan"])
         self._expected = table_fingerprint, generator_fingerprint
         self._refuse_other("table", table_fingerprint, self.plan.table)
@@ -59,9 +72,11 @@ class Bank:
             _refuse_wrong_size(self._file(shard), entry)
         _refuse_wrong_size(self._index_file, self._index)
         self._index_is_checked = False
-        self._maps: list[np.ndarray | None] = [None] * len(self._shards)
-        self._addresses = np.zeros(len(self._shards), dtype=np.int64)  # 0: not mapped yet
-        _allow_open_files(len(self._shards))
+        self._maps: dict[int, np.ndarray] = {}  # by shard, in the order of mapping
+        self._addresses = np.zeros(len(self._shards), dtype=np.int64)  # 0: not mapped
+        self._is_checked = np.zeros(len(self._shards), dtype=bool)
+        self._most_maps = _allow_open_files(min(len(self._shards), MAPS))
+        self._lock = threading.Lock()  # no thread may close a map that another one reads
 
     @classmethod
     def open(
@@ -90,8 +105,8 @@ class Bank:
     @cached_property
     def index(self) -> pd.DataFrame:
         """One row per (item, slot), item by item: item, slot, row (of the table), do (JSON), available, seed
-        (-1: nothing was random), checksum, then `factual.NAME` and `counterfactual.NAME` of every attribute
-        in natural values."""
+        (of what the do() makes follow; -1: nothing follows), checksum (16 bytes), then `factual.NAME` and
+        `counterfactual.NAME` of every attribute in natural values."""
         return self._read_index(None).to_pandas()
 
     @cached_property
@@ -101,8 +116,8 @@ class Bank:
 
     @cached_property
     def available(self) -> np.ndarray:
-        """(N, 1+K) bool. False where the do() would set what is already so, or the row lacks a variable of
-        the graph; such a slot shows the real image."""
+        """(N, 1+K) bool. False where the do() would set what is already so, or the row lacks a parent of the
+        image or a variable that the do() concerns; such a slot shows the real image."""
         return self._column("available")
 
     def subset(self, rows: np.ndarray) -> "Subset":
@@ -127,11 +142,25 @@ class Bank:
         first = items.astype(np.int64) * self.plan.slots
         views = (first if slots.ndim == 1 else first[:, None]) + slots
         shard, local = np.divmod(views.ravel(), self.plan.rows_per_shard * self.plan.slots)
-        unmapped = self._addresses[shard] == 0
-        if unmapped.any():
-            for number in np.unique(shard[unmapped]):
-                self._map(int(number))
-        return self._copy(shard, local).view(self.dtype).reshape(*slots.shape, *self.shape)
+        with self._lock:
+            found = self._read(shard, local)
+        return found.view(self.dtype).reshape(*slots.shape, *self.shape)
+
+    def _read(self, shard: np.ndarray, local: np.ndarray) -> np.ndarray:
+        """The bytes (n, size) of the views numbered `local` within their shards."""
+        if self._addresses[shard].all():
+            return self._copy(shard, local)
+        numbers = np.unique(shard)
+        if len(numbers) <= self._most_maps:
+            self._map_together(numbers)
+            return self._copy(shard, local)
+        found = np.empty((len(shard), self.plan.view_bytes), dtype=np.uint8)
+        for start in range(0, len(numbers), self._most_maps):
+            some = numbers[start : start + self._most_maps]
+            chosen = (some[0] <= shard) & (shard <= some[-1])
+            self._map_together(some)
+            found[chosen] = self._copy(shard[chosen], local[chosen])
+        return found
 
     def _copy(self, shard: np.ndarray, local: np.ndarray) -> np.ndarray:
         """The bytes (n, size) of the views numbered `local` within their shards, all mapped."""
@@ -153,7 +182,7 @@ class Bank:
         The window spans memory between the shards that is not ours, so only numbers of stored views may index
         it: `gather` refuses all others.
         """
-        mapped = [data for data in self._maps if data is not None]
+        mapped = self._maps.values()
         lowest = min(mapped, key=lambda data: data.ctypes.data)
         base = lowest.ctypes.data
         top = max(data.ctypes.data + data.nbytes for data in mapped)
@@ -164,6 +193,18 @@ class Bank:
         shape = ((top - base - size) // unit + 1, size)
         return base, unit, np.lib.stride_tricks.as_strided(lowest, shape, (unit, 1), writeable=False)
 
+    def _map_together(self, shards: np.ndarray) -> None:
+        """Maps all of `shards`, at most `_most_maps`, and closes others if these become too many."""
+        missing = [int(shard) for shard in shards if not self._addresses[shard]]
+        surplus = len(self._maps) + len(missing) - self._most_maps
+        if surplus > 0:
+            wanted = set(shards.tolist())
+            for shard in [shard for shard in self._maps if shard not in wanted][:surplus]:
+                self._addresses[shard] = 0
+                del self._maps[shard]
+        for shard in missing:
+            self._map(shard)
+
     def _map(self, shard: int) -> None:
         file, entry = self._file(shard), self._shards[shard]
         _refuse_wrong_size(file, entry)
@@ -171,19 +212,20 @@ class Bank:
             with file.open("rb") as stream:
                 content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if error.errno not in (errno.EMFILE, errno.ENOMEM):
                 raise
             raise UserError(
-                f"{file} cannot be mapped: the process may not open more files and the bank has "
-                f"{len(self._shards)} shards; raise `ulimit -n` or build the bank with a larger "
+                f"{file} cannot be mapped ({error.strerror}), beside {len(self._maps)} other shards of this "
+                "bank; raise `ulimit -n` or vm.max_map_count, or build the bank with a larger "
                 "shard_megabytes."
             ) from None
-        found = xxhash.xxh3_128_hexdigest(content)
-        if found != entry["checksum"]:
+        found = None if self._is_checked[shard] else xxhash.xxh3_128_hexdigest(content)
+        if found not in (None, entry["checksum"]):
             raise UserError(
                 f"{file} is damaged: its checksum is {found}, expected {entry['checksum']}; delete the file "
                 f"and run the build of this bank again (`cfssl bank verify {self.path}` names the views)."
             )
+        self._is_checked[shard] = True
         header = entry["bytes"] - entry["rows"] * self.plan.slots * self.plan.view_bytes
         data = np.frombuffer(content, dtype=np.uint8, offset=header)
         self._maps[shard], self._addresses[shard] = data, data.ctypes.data
@@ -202,11 +244,17 @@ class Bank:
     def _read_index(self, columns: list[str] | None) -> pa.Table:
         if not self._index_is_checked and not is_sound(self._index_file, self._index):
             raise UserError(
-                f"{self._index_file} does not agree with its checksum; open the bank again if columns were "
-                "added to it meanwhile, else delete the file and run the build again."
+                f"{self._index_file} does not agree with its checksum; run the build of this bank again, "
+                "which makes it anew."
             )
         self._index_is_checked = True
-        return pq.read_table(self._index_file, columns=columns)
+        found, expected = pq.read_table(self._index_file, columns=columns), len(self) * self.plan.slots
+        if len(found) != expected:
+            raise UserError(
+                f"{self._index_file} has {len(found)} rows, expected {expected}, one per item and slot; "
+                "build the bank again."
+            )
+        return found
 
     def _refuse_other(self, what: str, wanted: str | None, found: str | None) -> None:
         if wanted is not None and wanted != found:
@@ -234,13 +282,19 @@ class Subset:
 
 
 def verify(bank: Bank, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Reads every byte. Names, one sentence each, every file and every view that does not agree with its
-    checksum; an empty list says that all is sound. `progress(done, total)` is called after each shard."""
+    """Reads every byte of every file. Names, one sentence each, every file and every view that does not agree
+    with its checksum; an empty list says that all is sound. `progress(done, total)` is called after each
+    shard."""
     index_is_sound = is_sound(bank._index_file, bank._index)
     found = [] if index_is_sound else [f"{bank._index_file.name} does not agree with its checksum"]
     for shard, entry in enumerate(bank._shards):
         if not is_sound(bank._file(shard), entry):
             found += _damage(bank, shard, index_is_sound)
+        part, record = (shard_file(bank.path, shard, kind) for kind in ("parquet", "json"))
+        if not is_sound(part, entry["index"]):
+            found.append(f"{part.name} does not agree with its checksum or is missing")
+        if read_record(record) != sealed({"plan": bank.plan.key, "shard": entry}):
+            found.append(f"{record.name} does not agree with bank.json or is missing")
         if progress is not None:
             progress(shard + 1, bank.shard_count)
     return found
@@ -296,14 +350,16 @@ def _refuse_outside(what: str, numbers: np.ndarray, count: int) -> None:
         raise IndexError(f"{what} reach from {numbers.min()} to {numbers.max()}, expected 0 to {count - 1}.")
 
 
-def _allow_open_files(shards: int) -> None:
-    """Every mapped shard holds a file descriptor, and many systems allow 1,024 unless a process asks for
-    more."""
-    if sys.platform != "win32":
-        import resource
+def _allow_open_files(maps: int) -> int:
+    """How many of `maps` files may be mapped. Each holds a file descriptor, and many systems allow 1,024
+    unless a process asks for more; some are left for others."""
+    if sys.platform == "win32":
+        return maps
+    import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = shards + 512
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = maps + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted and soft != hard:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return maps if soft == resource.RLIM_INFINITY else max(1, min(maps, soft - OTHER_FILES))

@@ -16,6 +16,7 @@ from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
 from cfssl.scm.graph import CausalGraph
+from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import StructuralCausalModel
 
 Exogenous = dict[
@@ -47,11 +48,11 @@ class Generator(Protocol):
         ...
 
     def act(
-        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: Randomness
     ) -> Attributes:
         """pa* (B,) each, on the device of `pa`: `do` (B,) or () each, and what follows from it. Invariant
-        attributes are the very tensors that came in. `u` comes from `abduct`; `rng`, a CPU generator, serves
-        the abduction of attributes. Raises UserError for values that an attribute cannot take."""
+        attributes are the very tensors that came in. `u` comes from `abduct`; `rng` (on the CPU) serves the
+        abduction of attributes. Raises UserError for values that an attribute cannot take."""
         ...
 
     def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
@@ -64,7 +65,7 @@ def counterfactual(
     x: torch.Tensor,
     pa: Attributes,
     do: Mapping[str, torch.Tensor],
-    rng: torch.Generator,
+    rng: Randomness,
 ) -> tuple[torch.Tensor, Attributes]:
     """The image and the attributes that would have been, had `do` been the case.
 
@@ -77,7 +78,7 @@ def counterfactual(
 
 
 def propagate(
-    scm: StructuralCausalModel, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+    scm: StructuralCausalModel, pa: Attributes, do: Mapping[str, torch.Tensor], rng: Randomness
 ) -> Attributes:
     """`Generator.act` by a causal model of the attributes, which lies on the CPU, wherever `pa` does."""
     changed = scm.counterfactual(_on_cpu(pa), _on_cpu(do), rng)

@@ -39,6 +39,7 @@ from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_X, gaussian_nll
 from cfssl.generators.parents import GraphSettings
 from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.graph import CausalGraph
+from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, numpy_generator, torch_generator
@@ -272,7 +273,7 @@ class HVAEGenerator:
         return {**{f"z{level}": z for level, z in enumerate(latents)}, "u": residual}
 
     def act(
-        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: Randomness
     ) -> Attributes:
         """See `Generator.act`; the attributes have noise of their own, which `rng` serves to abduct."""
         return propagate(self.scm, pa, do, rng)

@@ -21,6 +21,7 @@ from cfssl.errors import UserError
 from cfssl.generators.base import Exogenous, propagate, to_signed, to_stored
 from cfssl.generators.parents import GraphSettings
 from cfssl.provenance import code_version, fingerprint
+from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.seeds import torch_generator
 from cfssl.settings import STRICT
@@ -79,7 +80,7 @@ class OracleGenerator:
         return {"row": torch.tensor([self._rows[digest] for digest in digests])}
 
     def act(
-        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: torch.Generator
+        self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: Randomness
     ) -> Attributes:
         """See `Generator.act`."""
         return propagate(self.scm, pa, do, rng)

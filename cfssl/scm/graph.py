@@ -73,6 +73,13 @@ class CausalGraph:
         """The variables an intervention must leave as they are."""
         return frozenset(self.variables) - self.affected(do)
 
+    def concerned(self, do: Iterable[str]) -> tuple[str, ...]:
+        """The variables whose factual values decide what an intervention makes of the attributes: the
+        intervened ones, what descends from them, and the parents of that; in the order of `variables`."""
+        affected, intervened = self.affected(do), set(do)
+        found = affected.union(*(self.edges[name] for name in affected - intervened))
+        return tuple(name for name in self.variables if name in found)
+
     def to_json(self) -> dict[str, Any]:
         """A canonical JSON form, for fingerprints and provenance; `CausalGraph(**graph.to_json())` restores
         it.

@@ -25,6 +25,10 @@ from cfssl.errors import UserError
 from cfssl.scm.parents import ConditionalNetwork
 from cfssl.settings import STRICT, Count, NonNegative, Positive
 
+Randomness = torch.Generator | Sequence[torch.Generator]
+"""A stream of random numbers for a batch, or one per row: what a row draws does not depend on its neighbours
+then."""
+
 MechanismName = Literal["frequencies", "empirical", "gumbel_max", "affine", "spline"]
 
 # In standard deviations of the residual; beyond it the spline is the identity, so still exactly invertible.
@@ -69,7 +73,7 @@ class Mechanism(Protocol):
     def noise(self, count: int, rng: torch.Generator) -> Tensor:
         """`count` draws of u from its prior."""
 
-    def abduct(self, values: Tensor, parents: Attributes, rng: torch.Generator) -> Tensor:
+    def abduct(self, values: Tensor, parents: Attributes, rng: Randomness) -> Tensor:
         """Noise that explains the values: the inverse, or a posterior draw where f is many-to-one."""
 
     def predict(self, u: Tensor, parents: Attributes) -> Tensor:
@@ -100,7 +104,7 @@ class Frequencies(nn.Module):
         drawn = torch.multinomial(shares, count, replacement=True, generator=rng)
         return drawn.to(self.probabilities.device)
 
-    def abduct(self, values: Tensor, parents: Attributes, rng: torch.Generator) -> Tensor:
+    def abduct(self, values: Tensor, parents: Attributes, rng: Randomness) -> Tensor:
         return values
 
     def predict(self, u: Tensor, parents: Attributes) -> Tensor:
@@ -144,7 +148,7 @@ class Empirical(nn.Module):
         left = level.long().clamp_max(QUANTILES - 2)
         return torch.lerp(self.knots[left], self.knots[left + 1], level - left).float()
 
-    def abduct(self, values: Tensor, parents: Attributes, rng: torch.Generator) -> Tensor:
+    def abduct(self, values: Tensor, parents: Attributes, rng: Randomness) -> Tensor:
         return values
 
     def predict(self, u: Tensor, parents: Attributes) -> Tensor:
@@ -174,7 +178,7 @@ class GumbelMax(nn.Module):
         return gumbel((count, self.classes), rng, self.network.device)
 
     @torch.no_grad()
-    def abduct(self, values: Tensor, parents: Attributes, rng: torch.Generator) -> Tensor:
+    def abduct(self, values: Tensor, parents: Attributes, rng: Randomness) -> Tensor:
         return abduct_gumbel(self.network(parents, len(values)), values, rng)
 
     @torch.no_grad()
@@ -215,7 +219,7 @@ class Flow(nn.Module):
         return torch.randn(count, generator=rng, device=rng.device, dtype=torch.float64).to(self.mean.device)
 
     @torch.no_grad()
-    def abduct(self, values: Tensor, parents: Attributes, rng: torch.Generator) -> Tensor:
+    def abduct(self, values: Tensor, parents: Attributes, rng: Randomness) -> Tensor:
         return self._to_noise(parents, len(values))(self._standardise(values))
 
     @torch.no_grad()
@@ -235,13 +239,18 @@ class Flow(nn.Module):
         return ComposedTransform(residual, MonotonicRQSTransform(widths, heights, slopes, bound=SPLINE_BOUND))
 
 
-def gumbel(shape: tuple[int, ...], rng: torch.Generator, device: torch.device) -> Tensor:
+def gumbel(shape: tuple[int, ...], rng: Randomness, device: torch.device) -> Tensor:
     """Gumbel(0, 1) draws, float64."""
-    drawn = torch.empty(shape, dtype=torch.float64, device=rng.device).exponential_(generator=rng)
+    if isinstance(rng, torch.Generator):
+        drawn = torch.empty(shape, dtype=torch.float64, device=rng.device).exponential_(generator=rng)
+    else:
+        drawn = torch.empty(shape, dtype=torch.float64)
+        for row, own in zip(drawn, rng, strict=True):
+            row.exponential_(generator=own)
     return -drawn.clamp_min(torch.finfo(torch.float64).tiny).log().to(device)
 
 
-def abduct_gumbel(logits: Tensor, values: Tensor, rng: torch.Generator) -> Tensor:
+def abduct_gumbel(logits: Tensor, values: Tensor, rng: Randomness) -> Tensor:
     """Noise u (B, K) from its exact posterior given argmax_j (logit_j + u_j) = `values` (B,).
 
     The winner's total T is Gumbel with location logsumexp(logits), whoever wins; the others' totals are

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cfssl.data.table import Attribute, Attributes
 from cfssl.errors import UserError
 from cfssl.scm.graph import CausalGraph
-from cfssl.scm.mechanisms import CausalModelSettings, Mechanism, create_mechanism
+from cfssl.scm.mechanisms import CausalModelSettings, Mechanism, Randomness, create_mechanism
 from cfssl.seeds import torch_generator
 
 
@@ -90,9 +90,7 @@ class StructuralCausalModel(nn.Module):
         self.is_fitted.fill_(True)
 
     @torch.no_grad()
-    def counterfactual(
-        self, values: Attributes, do: Mapping[str, Tensor], rng: torch.Generator
-    ) -> Attributes:
+    def counterfactual(self, values: Attributes, do: Mapping[str, Tensor], rng: Randomness) -> Attributes:
         """What `values`, (B,) each, would have been under `do`, codes or physical units, (B,) or () each.
 
         Affected variables are abducted and predicted anew in topological order; all others, those outside the
@@ -103,10 +101,7 @@ class StructuralCausalModel(nn.Module):
         to_predict = [name for name in self.graph.variables if name in affected and name not in do]
         if to_predict:
             self._refuse_unfitted()
-        self._refuse_missing(
-            values,
-            {*do, *to_predict, *(parent for name in to_predict for parent in self.graph.parents(name))},
-        )
+        self._refuse_missing(values, self.graph.concerned(do))
         noise = {
             name: self.mechanism(name).abduct(values[name], self._parents(name, values), rng)
             for name in to_predict

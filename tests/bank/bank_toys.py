@@ -26,8 +26,10 @@ ATTRIBUTES = {
 VIEWS = [*({"scanner": name} for name in SCANNERS), {"age": 30.0}, {"scanner": "B", "disease": "yes"}]
 
 
-def toy_table(folder: Path, count: int = 20, shape=(1, 6, 5), dtype=np.uint8, missing=()) -> ImageTable:
-    """Noise images; `missing` rows have no disease."""
+def toy_table(
+    folder: Path, count: int = 20, shape=(1, 6, 5), dtype=np.uint8, missing=(), ageless=()
+) -> ImageTable:
+    """Noise images; `missing` rows have no disease, `ageless` rows no age."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, np.iinfo(dtype).max + 1, (count, *shape), dtype=dtype)
     frame = pd.DataFrame(
@@ -39,6 +41,7 @@ def toy_table(folder: Path, count: int = 20, shape=(1, 6, 5), dtype=np.uint8, mi
         }
     )
     frame.loc[list(missing), "disease"] = None
+    frame.loc[list(ageless), "age"] = np.nan
     split = SplitSettings(may_be_empty=("val", "test"))
     return save_prepared(folder, "toy", frame, ATTRIBUTES, images, split=split)
 
@@ -56,16 +59,26 @@ def build_slowly(folder: Path, table_folder: Path) -> None:
     build_toy(folder, ImageTable.open(table_folder), generator=ToyGenerator(pause=0.001), rows_per_shard=2)
 
 
+def build_together(folder: Path, table_folder: Path, barrier) -> None:
+    """For processes that build the same bank at once."""
+    torch.set_num_threads(1)
+    table = ImageTable.open(table_folder)
+    barrier.wait()
+    build_toy(folder, table, rows_per_shard=2)
+
+
 class ToyModel:
-    """Disease given age with random abduction: disease* = [age* + noise > 60], the noise from `rng`."""
+    """Disease given age with random abduction: disease* = [age* + noise > 60], the noise of a row from its
+    own stream."""
 
     def __init__(self, graph):
-        self.graph = graph
+        self.graph, self.calls = graph, 0
 
     def counterfactual(self, values, do, rng):
+        self.calls += 1
         result = {**values, **do}
         if "disease" not in do and "age" in do:
-            noise = torch.randn(len(result["age"]), generator=rng) * 20
+            noise = torch.cat([torch.randn(1, generator=own) for own in rng]) * 20
             result["disease"] = (result["age"] + noise > 60).long()
         return result
 

@@ -3,11 +3,16 @@ uninterrupted build."""
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import bank_toys as toys
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from bank_toys import (
@@ -18,13 +23,22 @@ from bank_toys import (
     VIEWS,
     ToyGenerator,
     build_slowly,
+    build_together,
     build_toy,
     snapshot,
     toy_table,
 )
 
-from cfssl.bank.build import plan_bank, plan_views
-from cfssl.bank.shards import finish, view_checksum
+from cfssl.bank.build import plan_bank, plan_views, shard_megabytes
+from cfssl.bank.shards import (
+    HOST,
+    begin,
+    finish,
+    size_and_checksum,
+    view_checksum,
+    write_record,
+    write_shard,
+)
 from cfssl.bank.store import Bank, verify
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
@@ -33,6 +47,13 @@ from cfssl.seeds import derive_seed
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return toy_table(tmp_path_factory.mktemp("table"), missing=[7, 11])
+
+
+def dead_process():
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 # views ------------------------------------------------------------------------------------------------------
@@ -173,6 +194,11 @@ def test_a_bank_without_generator_holds_the_real_images(tmp_path, table):
     np.testing.assert_array_equal(found, table.images.read(np.arange(20)))
 
 
+def test_the_shards_of_large_banks_are_larger():
+    sizes = [shard_megabytes(2**20 * total) for total in (1, 65536, 131072, 10**6, 10**9)]
+    assert sizes == [64, 64, 128, pytest.approx(10**6 / 1024), 1024]
+
+
 def test_shards_are_sized_by_bytes_and_hold_at_least_one_item(table):
     view = 30
     arguments = (table, table.rows(), ToyGenerator(), VIEWS, 0)
@@ -207,6 +233,35 @@ def test_a_generator_that_returns_no_images_is_refused(tmp_path, table):
         build_toy(tmp_path / "none", table, generator=None)
 
 
+def test_a_row_needs_the_parents_of_the_image_and_what_the_do_concerns(tmp_path):
+    """Without an age a scanner can be replaced, but nobody can be made thirty."""
+    table = toy_table(tmp_path / "table", missing=[7, 11], ageless=[3, 7])
+    bank = build_toy(tmp_path / "bank", table, views=[{"scanner": "A"}, {"age": 30.0}])
+    scanner = table.frame["scanner"].to_numpy()
+    rows = np.arange(20)
+    np.testing.assert_array_equal(bank.available[:, 1], (scanner != "A") & ~np.isin(rows, [7, 11]))
+    np.testing.assert_array_equal(bank.available[:, 2], ~np.isin(rows, [3, 7, 11]))
+    whole = build_toy(tmp_path / "whole", toy_table(tmp_path / "other"), views=[{"scanner": "A"}])
+    np.testing.assert_array_equal(bank.gather(rows, rows * 0 + 1)[3], whole.gather(rows, rows * 0 + 1)[3])
+
+
+def test_the_attributes_of_a_batch_go_through_the_causal_model_together(tmp_path, table):
+    generator = ToyGenerator()
+    rows = table.rows(known=["disease"])[:12]
+    build_toy(tmp_path / "bank", table, generator=generator, rows=rows, views=[{"age": 30.0}, {"age": 60.0}])
+    assert generator.scm.calls == 2 * 4  # two shards of two batches, two views
+
+
+def test_an_array_in_another_memory_order_is_stored_the_same(tmp_path, table):
+    plan = plan_bank(table, table.rows(), ToyGenerator(), VIEWS, 3, rows_per_shard=6, batch=4)
+    build_toy(tmp_path / "bank", table)
+    images = np.load(tmp_path / "bank" / "shard-00001.npy")
+    index = pq.read_table(tmp_path / "bank" / "shard-00001.parquet")
+    before = snapshot(tmp_path / "bank")
+    write_shard(tmp_path / "bank", plan, 1, np.asfortranarray(images), index)
+    assert snapshot(tmp_path / "bank") == before
+
+
 # going on, and refusing to ----------------------------------------------------------------------------------
 
 
@@ -220,7 +275,7 @@ def test_shards_built_apart_and_in_any_order_give_the_same_bytes(tmp_path, table
     build_toy(tmp_path / "whole", table)
     for shard in (3, 0, 2):
         build_toy(tmp_path / "parts", table, shards=[shard])
-    with pytest.raises(UserError, match="3 of 4 shards, the first missing one is number 1; build"):
+    with pytest.raises(UserError, match="3 of 4 shards, the first missing or damaged one is number 1; build"):
         finish(tmp_path / "parts")
     with pytest.raises(UserError, match=r"unfinished \(3 of 4 shards\)"):
         Bank.open(tmp_path / "parts")
@@ -254,7 +309,8 @@ def test_any_truncated_or_missing_file_is_made_again(tmp_path, table):
                 file.write_bytes(content[:size])
             elif name != "bank.json":  # without it the folder is nobody's
                 file.unlink()
-            (tmp_path / "bank" / ".shard-00001.npy.abc.part").write_bytes(b"left by a killed process")
+            left = f".shard-00001.npy.{dead_process()}@{HOST}.part"
+            (tmp_path / "bank" / left).write_bytes(b"of a killed process")
             build_toy(tmp_path / "bank", table)
             assert snapshot(tmp_path / "bank") == before, (name, size)
 
@@ -284,12 +340,110 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(tmp_path, table
     assert verify(Bank.open(killed)) == []
 
 
+def test_builders_that_start_at_once_make_one_bank(tmp_path, table):
+    build_toy(tmp_path / "whole", table, rows_per_shard=2)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cfssl.bank.build", "cfssl.bank.store", "cfssl.data.prepare"])
+    for attempt in range(4):
+        folder, barrier = tmp_path / f"bank-{attempt}", context.Barrier(4)
+        arguments = (folder, table.folder, barrier)
+        processes = [context.Process(target=build_together, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert snapshot(folder) == snapshot(tmp_path / "whole")
+
+
+def test_a_builder_that_begins_late_leaves_a_finished_bank_finished(tmp_path, table, monkeypatch):
+    """Between its look into the folder and its writing, another builder may have done everything."""
+    plan = plan_bank(table, table.rows(), ToyGenerator(), VIEWS, 3, rows_per_shard=6, batch=4)
+    folder, exists = tmp_path / "bank", Path.exists
+    finished: list[dict[str, bytes]] = []
+
+    def late(path):
+        found = exists(path)
+        if path == folder / "bank.json" and not finished:
+            finished.append({})
+            build_toy(folder, table)
+            finished[0] = snapshot(folder)
+        return found
+
+    monkeypatch.setattr(Path, "exists", late)
+    begin(folder, plan)
+    assert snapshot(folder) == finished[0] != {}
+
+
+def test_what_living_builders_write_is_left_alone(tmp_path, table):
+    build_toy(tmp_path / "bank", table)
+    before = snapshot(tmp_path / "bank")
+    dead, day = dead_process(), 24 * 3600
+    left = {  # name -> (hours since the last write, stays)
+        f".shard-00001.npy.{os.getpid()}@{HOST}.part": (0, True),
+        f".shard-00001.npy.{os.getpid()}@{HOST}.part.x7.part": (0, True),
+        f".shard-00002.npy.{os.getpid()}@{HOST}.part": (25, False),
+        f".shard-00002.npy.{dead}@{HOST}.part": (0, False),
+        f".shard-00002.npy.{dead}@another-{HOST}.part": (0, True),
+        f".shard-00003.npy.{dead}@another-{HOST}.part": (25, False),
+        ".shard-00003.npy.x7.part": (0, True),
+        ".index.parquet.x7.part": (25, False),
+    }
+    for name, (hours, _) in left.items():
+        (tmp_path / "bank" / name).write_bytes(b"half a shard")
+        then = time.time() - hours * day / 24
+        os.utime(tmp_path / "bank" / name, (then, then))
+    build_toy(tmp_path / "bank", table)
+    assert set(snapshot(tmp_path / "bank")) == set(before) | {n for n, (_, stays) in left.items() if stays}
+
+
+def test_damaged_pixels_are_made_again_when_the_build_is_asked_to_check(tmp_path, table):
+    build_toy(tmp_path / "bank", table)
+    before = snapshot(tmp_path / "bank")
+    file = tmp_path / "bank" / "shard-00002.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    build_toy(tmp_path / "bank", table)
+    assert [finding[:15] for finding in verify(Bank.open(tmp_path / "bank"))] == ["shard-00002.npy"]
+    generator = ToyGenerator()
+    build_toy(tmp_path / "bank", table, generator=generator, check=True)
+    assert generator.calls == 2  # of this shard alone
+    assert snapshot(tmp_path / "bank") == before
+
+
+@pytest.mark.parametrize("file", ["shard-00001.json", "index.parquet", "bank.json"])
+def test_what_is_said_twice_is_mended_without_the_generator(tmp_path, table, file):
+    build_toy(tmp_path / "bank", table)
+    before = snapshot(tmp_path / "bank")
+    content = bytearray(before[file])
+    content[len(content) // 2] ^= 1
+    (tmp_path / "bank" / file).write_bytes(content)
+    generator = ToyGenerator()
+    build_toy(tmp_path / "bank", table, generator=generator)
+    assert generator.calls == 0
+    assert snapshot(tmp_path / "bank") == before
+
+
+def test_a_part_of_the_index_that_does_not_fit_the_plan_is_refused(tmp_path, table):
+    """By somebody else's builder, whose checksums are right."""
+    build_toy(tmp_path / "bank", table, shards=range(4))
+    part, record = tmp_path / "bank" / "shard-00002.parquet", tmp_path / "bank" / "shard-00002.json"
+    pq.write_table(pq.read_table(part).slice(2), part)
+    content = json.loads(record.read_text())
+    content["shard"]["index"] = size_and_checksum(part)
+    write_record(record, content)
+    with pytest.raises(UserError, match=r"shard-00002\.parquet has 34 rows of .*, expected 36 of"):
+        finish(tmp_path / "bank")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"seed": 4}, "seed is 3, now 4"),
         ({"views": VIEWS[:2]}, "views is"),
         ({"batch": 5}, "batch is 4, now 5"),
+        ({"device": "cuda"}, "device is cpu, now cuda"),
         ({"rows": np.arange(10)}, "rows is 20, now 10"),
         ({"rows": np.arange(20)[::-1].copy()}, "rows_fingerprint is"),
         ({"generator": "other"}, "generator is toy-1, now toy-2"),

@@ -4,6 +4,8 @@ import json
 import mmap
 import pickle
 import resource
+import threading
+from pathlib import Path
 
 import bank_toys as toys
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cfssl.bank import store
 from cfssl.bank.build import build
-from cfssl.bank.shards import FORMAT, add_columns, write_record
-from cfssl.bank.store import COPY_ONE_BY_ONE, Bank, verify
+from cfssl.bank.shards import FORMAT, size_and_checksum, write_record
+from cfssl.bank.store import COPY_ONE_BY_ONE, OTHER_FILES, Bank, verify
 from cfssl.errors import UserError
 
 VIEWS = [{"scanner": name} for name in toys.SCANNERS]
@@ -145,13 +148,16 @@ def test_more_shards_than_the_process_may_open_files_can_be_read(tmp_path):
     np.testing.assert_array_equal(found, stored(path)[:, 0])
 
 
-def edit_record(path, **changes):
-    record = json.loads((path / "bank.json").read_text())
-    (path / "bank.json").write_text(json.dumps({**record, **changes}))
+def edit_record(path, seal=False, **changes):
+    content = {**json.loads((path / "bank.json").read_text()), **changes}
+    if seal:
+        write_record(path / "bank.json", content)
+    else:
+        (path / "bank.json").write_text(json.dumps(content))
 
 
 def unfinish(path):
-    write_record(path / "bank.json", Bank.open(path).plan, None, None)
+    edit_record(path, seal=True, index=None, shards=None)
     (path / "shard-00002.json").unlink()
 
 
@@ -173,6 +179,9 @@ def truncate(file):
             rf"format {FORMAT + 1}, this version .* reads format",
         ),
         (lambda path: edit_record(path, plan={}), "damaged or was edited"),
+        (lambda path: edit_record(path, index={}), "damaged or was edited"),
+        (lambda path: edit_record(path, shards=[]), "damaged or was edited"),
+        (lambda path: edit_record(path, note="by hand"), "damaged or was edited"),
         (unfinish, r"unfinished \(6 of 7 shards\); run its build again"),
     ],
 )
@@ -244,14 +253,89 @@ def test_a_damaged_index_is_found_at_its_first_read_and_by_verify(path):
     assert found[1].startswith("shard-00002.npy does not agree")
 
 
-def test_quality_columns_join_the_index_and_leave_the_bank_the_same(path):
-    before = Bank.open(path)
-    available = before.available
-    score = np.random.default_rng(2).random(20 * 4)
-    add_columns(path, {"effectiveness": score})
-    add_columns(path, {"effectiveness": score + 1})
-    after = Bank.open(path)
-    assert after.fingerprint == before.fingerprint
-    np.testing.assert_array_equal(after.index["effectiveness"], score + 1)
-    np.testing.assert_array_equal(after.available, available)
-    assert verify(after) == []
+def test_verify_reads_the_parts_of_the_index_and_the_records_of_the_shards(path):
+    flip(path / "shard-00001.parquet", 50)
+    flip(path / "shard-00002.json", 20)
+    (path / "shard-00003.parquet").unlink()
+    (path / "shard-00004.json").unlink()
+    assert verify(Bank.open(path)) == [
+        "shard-00001.parquet does not agree with its checksum or is missing",
+        "shard-00002.json does not agree with bank.json or is missing",
+        "shard-00003.parquet does not agree with its checksum or is missing",
+        "shard-00004.json does not agree with bank.json or is missing",
+    ]
+
+
+def test_an_index_with_too_few_rows_is_refused(path):
+    index = path / "index.parquet"
+    pq.write_table(pq.read_table(index).slice(1), index)
+    edit_record(path, seal=True, index=size_and_checksum(index))
+    with pytest.raises(UserError, match=r"index\.parquet has 79 rows, expected 80, one per item and slot"):
+        _ = Bank.open(path).available
+
+
+def test_checksums_of_views_take_sixteen_bytes(path):
+    assert str(pq.read_schema(path / "index.parquet").field("checksum").type) == "fixed_size_binary[16]"
+
+
+# more shards than maps --------------------------------------------------------------------------------------
+
+
+def open_maps(path):
+    """How many files of a bank this process has mapped."""
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+@pytest.mark.parametrize("side", [3, 192])  # two ways to memory
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_of_many_shards_few_are_mapped_at_a_time(tmp_path, monkeypatch, side):
+    path = make_bank(tmp_path, count=11, rows_per_shard=1, shape=(1, side, side))
+    expected = stored(path)
+    monkeypatch.setattr(store, "MAPS", 3)
+    bank = Bank.open(path)
+    rng = np.random.default_rng(0)
+    for count in [1, 2, 3, 4, 11, 40, 2, 2, 2, 2]:  # fewer and more shards in a batch than may be mapped
+        items, slots = rng.integers(0, 11, count), rng.integers(0, 4, (count, 2))
+        np.testing.assert_array_equal(bank.gather(items, slots), expected[items[:, None], slots])
+        assert 1 <= open_maps(path) <= 3
+    sequential = bank.gather(np.arange(11), np.zeros(11, dtype=int))
+    np.testing.assert_array_equal(sequential, expected[:, 0])
+
+
+def test_threads_may_read_a_bank_whose_maps_come_and_go(tmp_path, monkeypatch):
+    path = make_bank(tmp_path, count=12, rows_per_shard=1)
+    expected, wrong = stored(path), []
+    monkeypatch.setattr(store, "MAPS", 2)
+    bank = Bank.open(path)
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            items, slots = rng.integers(0, 12, 2), rng.integers(0, 4, 2)
+            if not np.array_equal(bank.gather(items, slots), expected[items, slots]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "maps", "raised"),
+    [
+        ((1024, 1_000_000), 4096, 4096 + OTHER_FILES),
+        ((1024, 2048), 2048 - OTHER_FILES, 2048),
+        ((1024, resource.RLIM_INFINITY), 4096, 4096 + OTHER_FILES),
+        ((50_000, 50_000), 4096, None),
+        ((100, 100), 1, None),
+    ],
+)
+def test_as_many_shards_are_mapped_as_the_system_lets_a_process_open_files(monkeypatch, limits, maps, raised):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda what, wanted: asked.append(wanted[0]))
+    assert store._allow_open_files(4096) == maps
+    assert asked == ([] if raised is None else [raised])

@@ -31,6 +31,15 @@ def test_affected_and_invariant_divide_the_variables():
     assert graph.affected(["disease", "scanner"]) == {"disease", "scanner"}
 
 
+def test_an_intervention_concerns_what_it_sets_what_follows_and_the_parents_of_that():
+    graph = chest()
+    assert graph.concerned(["age"]) == ("sex", "age", "disease")
+    assert graph.concerned(["disease"]) == ("disease",)  # cut from its parents
+    assert graph.concerned(["scanner", "sex"]) == ("scanner", "sex", "age", "disease")
+    assert graph.concerned(["age", "disease"]) == ("age", "disease")
+    assert graph.concerned([]) == ()
+
+
 def test_descendants_and_order_agree_with_networkx_on_random_graphs():
     rng = numpy_generator("random graphs")
     for _ in range(20):

@@ -66,6 +66,19 @@ def test_gumbel_max_noise_pooled_over_observed_classes_is_standard_gumbel_and_in
     assert off_diagonal.abs().max() < 0.015
 
 
+def test_gumbel_noise_from_a_stream_per_row_has_the_same_distribution_and_rows_are_independent():
+    count = 20_000
+    logits = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64).expand(count, -1)
+    values = torch.multinomial(
+        logits[0].softmax(0), count, replacement=True, generator=torch_generator("classes")
+    )
+    u = abduct_gumbel(logits, values, [torch_generator("row", row) for row in range(count)])
+    assert torch.equal((logits + u).argmax(1), values)
+    for column in u.T:
+        assert stats.kstest(column.numpy(), "gumbel_r").pvalue > 1e-3
+        assert abs(torch.corrcoef(torch.stack([column[1:], column[:-1]]))[0, 1]) < 0.03
+
+
 def test_gumbel_max_posterior_given_a_class_agrees_with_rejection_sampling():
     logits = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64)
     drawn = torch.from_numpy(stats.gumbel_r.rvs(size=(60_000, 3), random_state=7))

@@ -182,6 +182,31 @@ def test_known_mechanisms_are_kept_beside_learned_ones():
     torch.testing.assert_close(result["m"], values["m"] + 2, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1), slice(3, 40)])
+def test_with_a_stream_per_row_a_row_does_not_depend_on_its_neighbours(scm, values, order):
+    rows = torch.arange(60).numpy()[order].tolist()
+    do = {"age": values["age"] + 15}
+
+    def counterfactual(rows):
+        streams = [torch_generator("row", row) for row in rows]
+        chosen = [{name: column[rows] for name, column in part.items()} for part in (values, do)]
+        return scm.counterfactual(*chosen, streams)
+
+    together = counterfactual(rows)
+    for place, row in enumerate(rows):
+        for name, value in counterfactual([row]).items():
+            assert torch.equal(value, together[name][place : place + 1])
+    assert not torch.equal(together["disease"], values["disease"][rows])
+
+
+def test_a_stream_per_row_gives_what_the_stream_gives_for_a_batch_of_one(scm, values):
+    one = {name: column[:1] for name, column in values.items()}
+    do = {"age": torch.tensor([75.0])}
+    for seed in range(20):
+        alone = scm.counterfactual(one, do, torch_generator(seed))
+        assert torch.equal(alone["disease"], scm.counterfactual(one, do, [torch_generator(seed)])["disease"])
+
+
 def test_fit_is_a_function_of_its_generator_and_leaves_the_global_one_alone(values):
     torch.manual_seed(5)
     before = torch.get_rng_state()
