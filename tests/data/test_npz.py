@@ -1,7 +1,6 @@
 """Arrays in `.npz` files come back as they were written, or not at all."""
 
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,25 +51,7 @@ def test_a_header_that_promises_other_than_the_file_holds_is_refused(tmp_path: P
         npz_headers(tmp_path / "b.npz")
 
 
-class Flushing:
-    """Compresses like some other tools, whose streams go on after the last value."""
-
-    def __init__(self) -> None:
-        self.inner = zlib.compressobj(9, zlib.DEFLATED, -15)
-
-    def compress(self, content: bytes) -> bytes:
-        return self.inner.compress(content) + self.inner.flush(zlib.Z_FULL_FLUSH)
-
-    def flush(self) -> bytes:
-        return self.inner.flush()
-
-
-@pytest.mark.parametrize("flushing", [False, True])
-def test_a_changed_value_is_noticed_though_it_decompresses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushing: bool
-) -> None:
-    if flushing:
-        monkeypatch.setattr(zipfile, "_get_compressor", lambda *_: Flushing())
+def test_a_changed_value_is_noticed_though_it_decompresses(tmp_path: Path) -> None:
     written = RNG.integers(0, 2, (2, 20_000)).astype(np.uint8)
     np.savez_compressed(tmp_path / "a.npz", labels=written)
     whole = (tmp_path / "a.npz").read_bytes()
