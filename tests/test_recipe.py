@@ -1,5 +1,7 @@
-"""Recipes: every mistake at once with path, value and nearest name; bases; every shipped recipe is valid;
-every key acts."""
+"""Recipes: every mistake at once with path, value and nearest name; bases; every shipped recipe is valid.
+
+That every key acts is tested in test_keys.py.
+"""
 
 from pathlib import Path
 

@@ -1,0 +1,291 @@
+"""Every key of a recipe acts: it changes the key of a stage, and what that stage does."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from cfssl.data.augment import Photometric, PhotometricSettings
+from cfssl.data.geometry import GeometrySettings, sample_affines
+from cfssl.engine import loop
+from cfssl.engine.checkpoint import save_checkpoint
+from cfssl.engine.loop import TrainSettings, loader
+from cfssl.engine.run import HardwareSettings, Run, read_metrics
+from cfssl.objectives.simclr import SimCLR, SimCLRSettings
+from cfssl.pipeline import Pipeline
+from cfssl.recipe import Recipe, parse_recipe
+from cfssl.seeds import numpy_generator, torch_generator
+
+CPU = HardwareSettings(accelerator="cpu")
+
+# Recipes that between them use every section, with every optional part spelled out.
+PHANTOM: dict[str, Any] = {
+    "name": "phantom",
+    "data": {"name": "phantom_chest", "count": 400},
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner", "disease"],
+        "graph": {"disease": ["age"]},
+        "balance": "scanner",
+    },
+    "bank": {"do": {"scanner": "all"}},
+    "views": {"counterfactual": {"variable": "scanner", "view": [0, 1], "probability": 0.5}},
+    "objective": {"name": "simclr"},
+    "evaluate": [{"name": "knn", "target": "disease"}],
+}
+ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "disease"]}}
+TABLE: dict[str, Any] = {
+    "name": "table",
+    "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
+    "objective": {"name": "supervised", "target": "dx"},
+}
+DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
+
+# Another valid value where it does not follow from the type.
+OTHERS: dict[str, Any] = {
+    "data.size": 128,
+    "data.domains": {"A": 0.5, "B": 0.5},
+    "data.splits": {"train": 0.5, "val": 0.25, "test": 0.25},
+    "data.path": "u.csv",
+    "data.root": "other",
+    "data.part": "train",
+    "data.images": "image",
+    "data.masks": "mask",
+    "data.channels": 3,
+    "data.group": "patient",
+    "data.where": {"dx": "present"},
+    "data.missing": ["?"],
+    "data.attributes.dx.kind": "categorical",
+    "data.attributes.dx.categories": ["no", "yes"],
+    "data.attributes.dx.positive": ["yes"],
+    "data.attributes.dx.column": "diagnosis",
+    "data.split.column": "fold",
+    "data.split.fractions": [0.5, 0.25, 0.25],
+    "data.split.stratify": ["dx"],
+    "data.split.duplicates": "drop",
+    "data.split.may_be_empty": ["val"],
+    "generator.parents": ["scanner"],
+    "generator.graph": {"disease": ["sex"]},
+    "generator.attributes.mechanisms": {"age": "spline"},
+    "generator.attributes.hidden": [8],
+    "generator.widths": [8, 8, 8, 8],
+    "generator.latents": [2, 2, 2],
+    "generator.sigma": "shared",
+    "generator.balance": None,
+    "bank.do": {"scanner": ["A", "B"]},
+    "views.count": 3,
+    "views.size": 32,
+    "views.border": "reflect",
+    "views.counterfactual.variable": "disease",
+    "views.counterfactual.view": [1, 0],
+    "views.counterfactual.target": {"A": 1.0},
+    "objective.target": "sex",
+    "backbone.name": "resnet34",
+    "evaluate": [{"name": "knn", "target": "dx"}],
+    "evaluate.0.name": "linear_probe",
+    "evaluate.0.target": "sex",
+    "evaluate.0.by": ["scanner"],
+    "evaluate.0.fractions": [0.5],
+    "evaluate.0.seeds": [1],
+    "hardware.precision": "bf16-mixed",
+}
+ALONG = {  # what has to change with it
+    "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}},
+    "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
+    "views.count": {"objective": {"name": "supervised", "target": "disease"}},
+}
+CHOICES = {f"{section}.name" for section in ("data", "generator", "objective")}  # of the section's class
+TOGETHER = {"generator", "bank.do", "views.counterfactual"}  # or none of them
+# These move no result; each acts in its own way, see the tests that follow.
+WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}
+
+
+def leaves(node: Any, path: str, met: set[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every key below a recipe or a section; notes the classes it meets."""
+    met.add(type(node).__name__)
+    model = isinstance(node, BaseModel)
+    for name in type(node).model_fields if model else [field.name for field in dataclasses.fields(node)]:
+        value, key = getattr(node, name), f"{path}.{name}" if path else name
+        parts = {"": value}
+        if isinstance(value, tuple | dict):
+            parts = {
+                f".{i}": part for i, part in (value.items() if isinstance(value, dict) else enumerate(value))
+            }
+        sections = {place: part for place, part in parts.items() if dataclasses.is_dataclass(part)}
+        for place, part in sections.items():
+            yield from leaves(part, f"{key}{place}", met)
+        if not sections and key not in CHOICES:
+            yield key, value
+
+
+def another(key: str, value: Any) -> Any:
+    if key in OTHERS:
+        return OTHERS[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value * 2 if "batch" in key or "accumulate" in key else value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.003
+    if isinstance(value, tuple) and value and all(isinstance(entry, float) for entry in value):
+        return [entry / 2 + 0.003 for entry in value]
+    if value is None:
+        return 2.0
+    raise AssertionError(f"OTHERS has no other value for {key} = {value!r}")
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    content = json.loads(recipe.model_dump_json())
+    for key, value in changes.items():
+        *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+        node = content
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return parse_recipe(content, ", ".join(changes) or "as it is")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the data sections point to; only names, sizes and times are read."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        for name in ("t.csv", "u.csv"):
+            (folder / name).write_text("image,dx\n")
+    for digits in ("digits", "other"):
+        (tmp_path / digits).mkdir(exist_ok=True)
+        for part in ("t10k", "train"):
+            for rest in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz", "morpho.csv"):
+                (tmp_path / digits / f"{part}-{rest}").touch()
+
+
+@pytest.mark.usefixtures("files")
+def test_every_key_changes_the_key_of_a_stage() -> None:
+    met: set[str] = set()
+    for content in (PHANTOM, ORACLE, TABLE, DIGITS):
+        recipe = parse_recipe(content, str(content["name"]))
+        for key, value in leaves(recipe, "", met):
+            if key in WITHOUT_A_KEY or (key in TOGETHER and not value):
+                continue
+            before = changed(recipe, ALONG.get(key, {}))
+            after = changed(before, {key: another(key, value)})
+            assert after != before, key
+            old, new = ({stage.key for stage in Pipeline(r, Path("runs")).stages()} for r in (before, after))
+            assert new - old, key
+    assert set(Recipe.model_json_schema()["$defs"]) <= met
+
+
+def fields(settings: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings)]
+
+
+@pytest.mark.parametrize("name", fields(GeometrySettings))
+def test_every_geometry_setting_acts(name: str) -> None:
+    base = GeometrySettings(rotation=10, vertical_flip=0.2)
+    other = dataclasses.replace(base, **{name: another(name, getattr(base, name))})
+    first, second = (sample_affines(numpy_generator(0), 50, settings) for settings in (base, other))
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("name", fields(PhotometricSettings))
+def test_every_photometric_setting_acts(name: str) -> None:
+    on = {field: 0.6 for field in fields(PhotometricSettings) if field.endswith("_probability")}
+    base = PhotometricSettings(**on, gamma=0.3, blur_sigma=(0.5, 2.0))
+    other = dataclasses.replace(base, **{name: another(name, getattr(base, name))})
+    view = numpy_generator(0).random((32, 32, 1), dtype=np.float32)
+    first, second = (
+        np.stack([Photometric(settings)(view, seed) for seed in range(30)]) for settings in (base, other)
+    )
+    assert not np.allclose(first, second, atol=1e-3)
+
+
+class Regression(nn.Module):
+    """With dropout, whose stream follows the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 1))
+
+    def forward(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        return {"loss": (self.net(batch).squeeze(1) - batch.sum(1)).square().mean()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+class Numbers:
+    """40 steps, one of them far out."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, step: int) -> list[torch.Tensor]:
+        return [torch.randn(16, 5, generator=torch_generator(step)) * (30 if step == 35 else 1)]
+
+
+IN_THE_DATA = {"epochs", "batch", "accumulate"}  # see tests/data/test_views.py
+IN_THE_FOLDER = {"log_every", "checkpoint_every"}
+
+
+@pytest.mark.parametrize("name", [name for name in fields(TrainSettings) if name not in IN_THE_DATA])
+def test_every_training_setting_acts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = TrainSettings(final_lr_share=0.1, clip=20.0, skip_factor=1000.0, log_every=8, checkpoint_every=16)
+    value = {"clip": 0.1, "skip_factor": 10.0}.get(name, another(name, getattr(base, name)))
+    saved: list[int] = []
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        saved.append(state["step"])
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+
+    def train(settings: TrainSettings, folder: Path) -> tuple[torch.Tensor, list[int], list[int]]:
+        saved.clear()
+        task = Regression()
+        loop.fit(task, Numbers(), settings, Run(folder, CPU, quiet=True), "test")
+        weights = torch.cat([parameter.flatten() for parameter in task.parameters()])
+        return weights, [line["step"] for line in read_metrics(folder / "metrics.jsonl")], list(saved)
+
+    first, lines, checkpoints = train(base, tmp_path / "base")
+    other, other_lines, other_checkpoints = train(
+        dataclasses.replace(base, **{name: value}), tmp_path / "other"
+    )
+    assert torch.equal(first, other) == (name in IN_THE_FOLDER)
+    assert (lines != other_lines) == (name == "log_every")
+    assert (checkpoints != other_checkpoints) == (name == "checkpoint_every")
+
+
+@pytest.mark.parametrize("name", [name for name in fields(SimCLRSettings) if name != "name"])
+def test_every_setting_of_simclr_acts(name: str) -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+    encoder.num_features = 8  # type: ignore[assignment]
+    base = SimCLRSettings(hidden=16, output=8)
+    other = dataclasses.replace(base, **{name: another(name, getattr(base, name))})
+    first, second = (SimCLR(encoder, settings, seed=0) for settings in (base, other))
+    shapes = [{key: value.shape for key, value in task.state_dict().items()} for task in (first, second)]
+    temperatures = [task.loss.temperature for task in (first, second)]
+    assert (shapes[0] != shapes[1]) == (name != "temperature")
+    assert (temperatures[0] != temperatures[1]) == (name == "temperature")
+
+
+def test_the_stated_workers_load_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def load(*parts: Any) -> Any:
+        seen.append(loader(*parts))
+        return seen[0]
+
+    monkeypatch.setattr(loop, "loader", load)
+    run = Run(tmp_path, dataclasses.replace(CPU, workers=2), quiet=True)
+    loop.fit(Regression(), Numbers(), TrainSettings(), run, "test")
+    assert seen[0].num_workers == 2
