@@ -23,8 +23,9 @@ from cfssl.agreement import check_against_table
 from cfssl.bank.build import build, plan_views
 from cfssl.bank.store import Bank
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
+from cfssl.data.plan import ViewSource
 from cfssl.data.table import ImageTable
-from cfssl.data.views import ViewData, ViewSource
+from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.progress import ProgressBar
@@ -66,6 +67,8 @@ GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
 BANK_CODE = ("seeds.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
 ENCODER_CODE = (
     "bank/store.py",
+    "data/order.py",
+    "data/plan.py",
     "data/views.py",
     "data/geometry.py",
     "data/augment.py",

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from cfssl.data.augment import PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, grid, to_source, to_view
-from cfssl.data.views import CounterfactualPlan, SlotPlan, ViewData, ViewSettings
+from cfssl.data.plan import CounterfactualPlan, SlotPlan
+from cfssl.data.views import ViewData, ViewSettings
 from cfssl.engine.loop import loader
 from cfssl.errors import UserError
 from cfssl.seeds import numpy_generator
