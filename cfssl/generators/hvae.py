@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -36,10 +36,10 @@ from cfssl.engine.schedules import linear
 from cfssl.errors import UserError
 from cfssl.generators.base import Exogenous, propagate, to_signed
 from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_X, gaussian_nll
-from cfssl.generators.parents import GraphSettings
+from cfssl.generators.settings import GraphSettings
 from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.graph import CausalGraph
-from cfssl.scm.mechanisms import Randomness
+from cfssl.scm.mechanisms import CausalModelSettings, Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, numpy_generator, torch_generator
@@ -74,9 +74,11 @@ class HVAESettings(GraphSettings):
     over the first `beta_warmup` share of the steps. `balance`: a categorical or binary variable of the graph
     whose rare values are drawn more often (half uniform, half empirical). `ema`: decay of the averaged
     weights that are used for inference. `sigma`: see hvae_network.HVAE. `widths`: see S_HVAE_32, S_HVAE_64.
+    `attributes`: how the mechanisms of the attributes are built and fitted.
     """
 
     name: Literal["hvae"] = "hvae"
+    attributes: CausalModelSettings = Field(default_factory=CausalModelSettings)
     widths: tuple[Width, Width, Width, Width] = S_HVAE_64
     latents: tuple[Count, Count, Count] = (16, 8, 4)
     blocks: Count = 2
@@ -208,6 +210,12 @@ class HVAEGenerator:
             )
         self.settings, self.shape = settings, shape
         self.graph: CausalGraph = settings.causal_graph(attributes)
+        self._identity = {
+            "settings": TypeAdapter(HVAESettings).dump_python(settings, mode="json"),
+            "graph": self.graph.to_json(),
+            "attributes": {name: _kind(attributes[name]) for name in self.graph.variables},
+            "shape": list(shape),
+        }
         if settings.balance is not None:
             _refuse_no_balance(settings.balance, self.graph, attributes)
         with torch.random.fork_rng(devices=[]):
@@ -228,12 +236,13 @@ class HVAEGenerator:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, the settings and the code; a bank refuses views made by another one."""
+        """Of weights, settings, graph, attributes and code; a bank refuses views made by another one."""
         if self._state_fingerprint is None:
             raise UserError(
                 "The HVAE generator has not been fitted; fit or load it before it makes counterfactuals."
             )
-        return fingerprint("hvae", self._state_fingerprint, code_version("generators", "scm"))
+        code = code_version("generators", "scm")
+        return fingerprint("hvae", self._state_fingerprint, self._identity, code)
 
     def fit(self, table: ImageTable, run: Run) -> None:
         """Fits the attribute mechanisms and the image mechanism on the training rows whose variables are all
@@ -297,20 +306,33 @@ class HVAEGenerator:
         return self.network.decode(latents, self.encoder(pa)).mean.clamp(-1, 1)
 
     def save(self, path: Path) -> None:
-        """One safetensors file; `load` needs the same settings, attributes and shape."""
-        save_checkpoint(path, self._state())
+        """One safetensors file with settings, graph, attributes and weights. Raises `UserError` before `fit`
+        or `load`."""
+        if self._state_fingerprint is None:
+            raise UserError(
+                f"The HVAE generator has not been fitted; there is nothing to save in {path}: fit it first."
+            )
+        save_checkpoint(path, {"hvae": self._identity, **self._state()})
 
     def load(self, path: Path) -> None:
-        """Raises `UserError` when the file belongs to other settings."""
+        """Raises `UserError` when the file belongs to other settings, attributes or images."""
         state = load_checkpoint(path)
+        found = state.get("hvae") if isinstance(state, dict) else None
+        if found is None:
+            raise UserError(f"{path} holds no HVAE generator; give a file that one has saved, or fit it.")
+        if differing := differences(found, self._identity):
+            raise UserError(
+                f"{path} was written by another HVAE generator ({'; '.join(differing)}); fit it again, or "
+                "load it with the settings and the table it was made with."
+            )
         try:
             self.network.load_state_dict(state["network"])
             self.encoder.load_state_dict(state["encoder"])
             self.scm.load_state_dict(state["scm"])
         except (RuntimeError, KeyError) as error:
             raise UserError(
-                f"{path} was not written by this generator's settings ({str(error).splitlines()[0]}); fit "
-                "it again."
+                f"{path} was written by another version of cfssl ({str(error).splitlines()[0]}); fit it "
+                "again."
             ) from None
         self._seal()
 
@@ -330,6 +352,22 @@ class HVAEGenerator:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         self._state_fingerprint = digest.hexdigest()
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Where two nested JSON values differ, one phrase each: `settings.beta is 5.0, expected 1.0`."""
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return [] if found == wanted else [f"{path} is {found}, expected {wanted}"]
+    return [
+        phrase
+        for name in {**found, **wanted}
+        for phrase in differences(found.get(name), wanted.get(name), f"{path}.{name}" if path else name)
+    ]
+
+
+def _kind(attribute: Attribute) -> list[Any]:
+    """What decides how an attribute is encoded."""
+    return [attribute.kind, *attribute.categories]
 
 
 def half_uniform_weights(codes: np.ndarray) -> np.ndarray:

@@ -37,8 +37,8 @@ class CausalGraph:
                     f"graph.{child} is the text {parents!r}, expected a list of parents; write [{parents}]."
                 )
             _refuse_repeated(parents, f"graph.{child}")
-            _refuse_unknown([child, *parents], variables, f"graph.{child}")
-        _refuse_unknown(image_parents, variables, "the parents of the image")
+            refuse_unknown([child, *parents], variables, f"graph.{child}")
+        refuse_unknown(image_parents, variables, "the parents of the image")
 
         network = nx.DiGraph()
         network.add_nodes_from(variables)
@@ -55,18 +55,18 @@ class CausalGraph:
 
     def parents(self, variable: str) -> tuple[str, ...]:
         """The direct causes of `variable`, in the order the edges gave them."""
-        _refuse_unknown([variable], self.variables, "a question for parents")
+        refuse_unknown([variable], self.variables, "a question for parents")
         return self.edges[variable]
 
     def descendants(self, variable: str) -> frozenset[str]:
         """Everything `variable` causes, directly or not; not itself."""
-        _refuse_unknown([variable], self.variables, "a question for descendants")
+        refuse_unknown([variable], self.variables, "a question for descendants")
         return self._descendants[variable]
 
     def affected(self, do: Iterable[str]) -> frozenset[str]:
         """The intervened variables and all their descendants: all that a counterfactual may change."""
         intervened = tuple(do)
-        _refuse_unknown(intervened, self.variables, "an intervention")
+        refuse_unknown(intervened, self.variables, "an intervention")
         return frozenset(intervened).union(*(self._descendants[name] for name in intervened))
 
     def invariant(self, do: Iterable[str]) -> frozenset[str]:
@@ -96,7 +96,9 @@ class CausalGraph:
         return found
 
 
-def _refuse_unknown(names: Iterable[str], variables: Sequence[str], where: str) -> None:
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError, which says `where`, for the first of `names` that is not among `known`."""
+    variables = tuple(known)
     for name in names:
         if name not in variables:
             raise UserError(

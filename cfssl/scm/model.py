@@ -5,7 +5,7 @@ counterfactuals, in which only the affected variables may differ. The image has 
 generator.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfssl.data.table import Attribute, Attributes
 from cfssl.errors import UserError
-from cfssl.scm.graph import CausalGraph
+from cfssl.scm.graph import CausalGraph, refuse_unknown
 from cfssl.scm.mechanisms import CausalModelSettings, Mechanism, Randomness, create_mechanism
 from cfssl.seeds import torch_generator
 
@@ -37,18 +37,9 @@ class StructuralCausalModel(nn.Module):
         super().__init__()
         settings = settings or CausalModelSettings()
         known = known or {}
-        for name in graph.variables:
-            if name not in attributes:
-                raise UserError(
-                    f"The graph has the variable {name!r}, expected one of the attributes "
-                    f"{', '.join(attributes)}; correct the graph."
-                )
-        for where, names in (("mechanisms", settings.mechanisms), ("known mechanisms", known)):
-            for name in names:
-                if name not in graph.variables:
-                    raise UserError(
-                        f"{where} names {name!r}, expected one of {', '.join(graph.variables)}; correct it."
-                    )
+        refuse_unknown(graph.variables, attributes, "the graph")
+        refuse_unknown(settings.mechanisms, graph.variables, "mechanisms")
+        refuse_unknown(known, graph.variables, "the known mechanisms")
         self.graph = graph
         self.attributes = {name: attributes[name] for name in graph.variables}
         self.modules_by_key = nn.ModuleDict()
@@ -71,7 +62,7 @@ class StructuralCausalModel(nn.Module):
         Each variable has a random stream of its own, so that adding a variable does not change the fit of
         another.
         """
-        self._refuse_missing(values, self.graph.variables)
+        refuse_missing(values, self.graph.variables)
         for name in self.graph.variables:
             if not len(values[name]):
                 raise UserError(
@@ -84,9 +75,9 @@ class StructuralCausalModel(nn.Module):
                 )
         seed = int(torch.randint(2**62, (), generator=rng))
         for name in self.graph.variables:
-            self.mechanism(name).fit(
-                values[name], self._parents(name, values), torch_generator(seed, "mechanism", name)
-            )
+            mechanism, parents = self.mechanism(name), self._parents(name, values)
+            mechanism.fit(values[name], parents, torch_generator(seed, "mechanism", name))
+            _refuse_diverged(name, mechanism, values[name], parents)
         self.is_fitted.fill_(True)
 
     @torch.no_grad()
@@ -101,14 +92,12 @@ class StructuralCausalModel(nn.Module):
         to_predict = [name for name in self.graph.variables if name in affected and name not in do]
         if to_predict:
             self._refuse_unfitted()
-        self._refuse_missing(values, self.graph.concerned(do))
+        refuse_missing(values, self.graph.concerned(do))
         noise = {
             name: self.mechanism(name).abduct(values[name], self._parents(name, values), rng)
             for name in to_predict
         }
-        result = dict(values)
-        for name in do:
-            result[name] = self._act(name, do[name], like=values[name])
+        result = values | as_values(do, self.attributes, like=values)
         for name in to_predict:
             result[name] = self.mechanism(name).predict(noise[name], self._parents(name, result))
         return result
@@ -126,11 +115,25 @@ class StructuralCausalModel(nn.Module):
     def _parents(self, name: str, values: Attributes) -> Attributes:
         return {parent: values[parent] for parent in self.graph.parents(name)}
 
-    def _act(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        attribute = self.attributes[name]
-        if value.shape not in (like.shape, ()):
+    def _refuse_unfitted(self) -> None:
+        if not self.is_fitted:
             raise UserError(
-                f"do({name}) has shape {tuple(value.shape)}, expected {tuple(like.shape)} or (); give one "
+                "The causal model of the attributes has no fitted mechanisms; fit it or load its weights "
+                "first."
+            )
+
+
+def as_values(
+    do: Mapping[str, Tensor], attributes: Mapping[str, Attribute], like: Mapping[str, Tensor]
+) -> Attributes:
+    """An intervention, (B,) or () each, as new tensors of the dtype and shape that the factual values `like`
+    have. Raises UserError for values that an attribute cannot take."""
+    found = {}
+    for name, value in do.items():
+        attribute, factual = attributes[name], like[name]
+        if value.shape not in (factual.shape, ()):
+            raise UserError(
+                f"do({name}) has shape {tuple(value.shape)}, expected {tuple(factual.shape)} or (); give one "
                 "value per row."
             )
         if attribute.kind == "continuous":
@@ -141,25 +144,32 @@ class StructuralCausalModel(nn.Module):
         elif value.is_floating_point() or not ((value >= 0) & (value < len(attribute.categories))).all():
             raise UserError(
                 f"do({name}) has values that are no category codes, expected whole numbers from 0 to "
-                f"{len(attribute.categories) - 1} "
-                f"for {', '.join(attribute.categories)}; encode the intervention."
+                f"{len(attribute.categories) - 1} for {', '.join(attribute.categories)}; encode the "
+                "intervention."
             )
-        return value.to(like).expand(like.shape).clone()
+        found[name] = value.to(factual).expand(factual.shape).clone()
+    return found
 
-    def _refuse_missing(self, values: Attributes, names: Collection[str]) -> None:
-        missing = [name for name in self.graph.variables if name in names and name not in values]
-        if missing:
-            raise UserError(
-                f"The attributes given lack {', '.join(missing)}, which the causal model needs; encode them "
-                "too."
-            )
 
-    def _refuse_unfitted(self) -> None:
-        if not self.is_fitted:
-            raise UserError(
-                "The causal model of the attributes has no fitted mechanisms; fit it or load its weights "
-                "first."
-            )
+def refuse_missing(values: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Raises UserError when `values` lack some of the variables `names`."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(
+            f"The attributes given lack {', '.join(missing)}, which the causal model needs; encode them too."
+        )
+
+
+@torch.no_grad()
+def _refuse_diverged(name: str, mechanism: Mechanism, values: Tensor, parents: Attributes) -> None:
+    some = slice(0, 1000)
+    likelihood = mechanism.log_prob(values[some], {parent: value[some] for parent, value in parents.items()})
+    numbers = [*cast(nn.Module, mechanism).state_dict().values(), likelihood]
+    if not all(torch.isfinite(number).all() for number in numbers):
+        raise UserError(
+            f"The mechanism of {name!r} has diverged while it was fitted: its weights or likelihoods are no "
+            "finite numbers; lower generator.attributes.lr or look at the values of its parents."
+        )
 
 
 def _key(name: str) -> str:

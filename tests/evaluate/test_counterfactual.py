@@ -19,7 +19,7 @@ from cfssl.evaluate.counterfactual import (
     reversibility,
 )
 from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate, to_signed
-from cfssl.generators.oracle import OracleGenerator, OracleSettings
+from cfssl.generators.oracle import CausalTruth, OracleGenerator, OracleSettings
 from cfssl.scm.graph import CausalGraph
 from cfssl.scm.mechanisms import CausalModelSettings
 from cfssl.scm.model import StructuralCausalModel
@@ -85,7 +85,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
 
 @pytest.fixture(scope="module")
 def oracle(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> OracleGenerator:
-    generator = OracleGenerator(OracleSettings(parents=("scanner", "sex")), table)
+    settings = OracleSettings(parents=("scanner", "age", "disease"), graph={"disease": ("age",)})
+    generator = OracleGenerator(settings, table)
     generator.fit(table, Run(tmp_path_factory.mktemp("oracle")))
     return generator
 
@@ -184,19 +185,26 @@ def test_distance_to_truth_is_zero_for_the_truth_and_the_shift_for_the_unchanged
     assert unchanged == pytest.approx(np.full(5, 12.75), rel=1e-4)
 
 
-def test_the_oracle_fulfils_every_axiom(oracle: OracleGenerator, table: ImageTable) -> None:
-    rows = table.rows("test")
+@pytest.mark.parametrize("view", [{"scanner": "D"}, {"age": 85.0}])
+def test_the_oracle_fulfils_every_axiom(
+    oracle: OracleGenerator, table: ImageTable, view: dict[str, str | float]
+) -> None:
+    """Also where the disease follows from the intervention."""
+    rows = table.rows()
     x, pa = to_signed(table.images.read(rows)), table.encode(oracle.graph.variables, rows)
-    do = intervention({"scanner": "D"}, table.attributes, len(rows))
+    do = intervention(view, table.attributes, len(rows))
     assert composition(oracle, x, pa, cycles=2).max() == 0
     assert reversibility(oracle, x, pa, do, cycles=2).max() == 0
-    changed, _ = counterfactual(oracle, x, pa, do, torch_generator(0))
-    assert table.truth is not None
-    truth = to_signed(table.truth.counterfactual(rows, do))
-    to_truth, unchanged = distance_to_truth(changed, truth, x)
-    moved = (pa["scanner"] != do["scanner"]).numpy()
+    changed, pa_cf = counterfactual(oracle, x, pa, do, torch_generator(0))
+    truth = table.truth
+    assert isinstance(truth, CausalTruth)
+    expected = truth.attributes(rows, do)
+    assert torch.equal(pa_cf["disease"], expected["disease"])
+    assert (pa_cf["disease"] != pa["disease"]).any() == ("age" in view)
+    to_truth, unchanged = distance_to_truth(changed, to_signed(truth.counterfactual(rows, expected)), x)
+    moved = (pa[next(iter(view))] != do[next(iter(view))]).numpy()
     assert to_truth.max() == 0
-    assert unchanged[moved].min() > 5
+    assert unchanged[moved].min() > 0.05
     with pytest.raises(UserError, match="OracleGenerator has no pixel residual"):
         composition(oracle, x, pa, residual=0.0)
 

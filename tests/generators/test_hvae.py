@@ -11,7 +11,8 @@ from torch.distributions import Normal, kl_divergence
 
 from cfssl.data.phantoms import chest
 from cfssl.data.prepare import save_prepared
-from cfssl.data.table import Attributes, ImageTable
+from cfssl.data.table import Attribute, Attributes, ImageTable
+from cfssl.engine.checkpoint import save_checkpoint
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
 from cfssl.evaluate.counterfactual import composition, reversibility
@@ -54,8 +55,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
 
 
 def settings(**options: object) -> HVAESettings:
-    train = options.pop("train", HVAETrainSettings(epochs=2, batch=32))
-    return HVAESettings(parents=PARENTS, train=train, **{**TINY, **options})  # type: ignore[arg-type]
+    train = HVAETrainSettings(epochs=2, batch=32)
+    return HVAESettings(**{"parents": PARENTS, "train": train, **TINY, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +304,78 @@ def test_saved_and_loaded_it_makes_the_same_images(
     x, pa = to_signed(table.images.read(rows)), table.encode(PARENTS, rows)
     assert torch.equal(again.predict(again.abduct(x, pa), pa), fitted.predict(fitted.abduct(x, pa), pa))
     assert again.fingerprint == fitted.fingerprint
-    other = HVAEGenerator(settings(widths=(16, 8, 8, 8)), table.attributes, table.images.shape)
-    with pytest.raises(UserError, match="was not written by this generator's settings"):
+
+
+def scanners(*names: str) -> dict[str, Attribute]:
+    return chest.ATTRIBUTES | {"scanner": Attribute("scanner", "categorical", names)}
+
+
+@pytest.mark.parametrize(
+    ("options", "attributes", "shape", "named"),
+    [
+        (
+            {"widths": (16, 8, 8, 8)},
+            None,
+            None,
+            r"settings\.widths is \[8, 8, 8, 8\], expected \[16, 8, 8, 8\]",
+        ),
+        ({"beta": 1.0}, None, None, r"settings\.beta is 5\.0, expected 1\.0"),
+        ({"fixed_sigma": 0.2}, None, None, r"settings\.fixed_sigma is 0\.1, expected 0\.2"),
+        ({"train": HVAETrainSettings(epochs=2, batch=16)}, None, None, r"train\.batch is 32, expected 16"),
+        ({"graph": {"sex": ["scanner"]}}, None, None, r"graph\.edges\.sex is None, expected \['scanner'\]"),
+        ({"parents": ("sex", "scanner")}, None, None, r"settings\.parents is \['scanner', 'sex'\]"),
+        (
+            {},
+            scanners("A", "B", "D", "C"),
+            None,
+            r"attributes\.scanner is \['categorical', 'A', 'B', 'C', 'D'\]",
+        ),
+        ({}, None, (1, 32, 32), r"shape is \[1, 64, 64\], expected \[1, 32, 32\]"),
+    ],
+)
+def test_a_file_of_another_generator_is_refused_with_what_differs(
+    fitted: HVAEGenerator, table: ImageTable, tmp_path: Path, options, attributes, shape, named: str
+) -> None:
+    """Also where the weights would fit: with the scanners in another order, one would be another."""
+    fitted.save(tmp_path / "g.safetensors")
+    given = settings(**({"balance": "scanner"} | options))
+    other = HVAEGenerator(given, attributes or table.attributes, shape or table.images.shape)
+    with pytest.raises(UserError, match=rf"another HVAE generator \(.*{named}.*fit it again"):
         other.load(tmp_path / "g.safetensors")
+    with pytest.raises(UserError, match="has not been fitted"):
+        _ = other.fingerprint
+
+
+def test_the_fingerprint_tells_of_weights_settings_graph_and_categories(
+    table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hvae, "fit", lambda *arguments: True)  # all have the weights they are created with
+
+    def found(attributes: dict[str, Attribute] = table.attributes, **options: object) -> str:
+        generator = HVAEGenerator(settings(**options), attributes, table.images.shape)
+        generator.fit(table, Run(tmp_path, CPU, quiet=True))
+        return generator.fingerprint
+
+    seed = HVAETrainSettings(epochs=2, batch=32, seed=1)
+    different = [
+        found(),
+        found(train=seed),
+        found(fixed_sigma=0.2),
+        found(graph={"sex": ["scanner"]}),
+        found(scanners("D", "C", "B", "A")),
+    ]
+    assert found() == different[0]
+    assert len(set(different)) == len(different)
+
+
+def test_a_generator_that_was_not_fitted_cannot_be_saved(table: ImageTable, tmp_path: Path) -> None:
+    generator = HVAEGenerator(settings(), table.attributes, table.images.shape)
+    with pytest.raises(UserError, match="has not been fitted; there is nothing to save"):
+        generator.save(tmp_path / "g.safetensors")
+    save_checkpoint(tmp_path / "other.safetensors", {"step": 3})
+    with pytest.raises(UserError, match="holds no HVAE generator"):
+        generator.load(tmp_path / "other.safetensors")
+    assert not (tmp_path / "g.safetensors").exists()
 
 
 def test_four_micro_batches_equal_one_batch(table: ImageTable, tmp_path: Path) -> None:
@@ -494,7 +564,7 @@ def test_fit_draws_the_values_of_the_balanced_attribute_half_uniformly(
 def test_impossible_inputs_are_one_sentence(table: ImageTable, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"square images of 32, 64, 128 or 256 pixels, and these are 48x48"):
         HVAEGenerator(settings(), table.attributes, (1, 48, 48))
-    with pytest.raises(UserError, match=r"\['scaner'\], which the table does not have"):
+    with pytest.raises(UserError, match=r"generator\.parents or generator\.graph names 'scaner', expected"):
         HVAEGenerator(HVAESettings(parents=("scaner",)), table.attributes, table.images.shape)
     for name in ("left_upper", "disease"):  # continuous, and no variable of the graph
         with pytest.raises(UserError, match=rf"generator\.balance is '{name}', expected .* \(scanner, sex"):

@@ -265,6 +265,17 @@ def test_impossible_interventions_are_refused_with_the_variable_that_is_wrong(sc
         scm.counterfactual(values, do, torch_generator("cf"))
 
 
+@pytest.mark.parametrize("mechanism", ["affine", "spline"])
+def test_a_fit_that_diverges_is_refused_by_the_name_of_its_variable(values, mechanism):
+    settings = CausalModelSettings(lr=1e30, steps=20, mechanisms={"lung.volume": mechanism})
+    graph = CausalGraph({"lung.volume": ["age"]}, ["age", "lung.volume"], [])
+    model = StructuralCausalModel(graph, ATTRIBUTES, settings)
+    with pytest.raises(UserError, match=r"mechanism of 'lung\.volume' has diverged .* lower"):
+        model.fit(values, torch_generator("fit"))
+    with pytest.raises(UserError, match="no fitted mechanisms"):
+        model.sample(3, torch_generator("sample"))
+
+
 def test_missing_attributes_and_wrong_names_are_refused(scm, values):
     without_age = {name: column for name, column in values.items() if name != "age"}
     with pytest.raises(UserError, match="lack age"):

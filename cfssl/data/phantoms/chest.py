@@ -12,7 +12,7 @@ the benchmark's budget stand in benchmarks/results/acquisition_shift.md).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,8 +27,8 @@ from cfssl.data.phantoms import chest_anatomy
 from cfssl.data.phantoms.chest_anatomy import MASKS, REGIONS
 from cfssl.data.phantoms.chest_scanner import SCANNERS as MACHINES
 from cfssl.data.phantoms.chest_scanner import acquire, noise_field
-from cfssl.data.table import SPLITS, Attribute, Attributes, nearest
-from cfssl.errors import UserError
+from cfssl.data.table import SPLITS, Attribute, Attributes
+from cfssl.errors import UserError, nearest
 from cfssl.seeds import torch_generator
 
 SCANNERS = tuple(MACHINES)
@@ -41,7 +41,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         region: Attribute(region, "continuous", declared=True) for region in REGIONS
     },  # relative width of that part of the lung
 }
-EDGES: dict[str, tuple[str, ...]] = {"disease": ("age",)}
 IMAGE_PARENTS = tuple(ATTRIBUTES)
 
 AGE_MEAN, AGE_SPREAD, AGE_RANGE = 55.0, 18.0, (20.0, 90.0)
@@ -215,12 +214,26 @@ class ChestTruth:
 
     def rendered(self, rows: NDArray[np.int64], parents: Attributes) -> Rendered:
         """As `counterfactual`, with masks and areas."""
-        picked = torch.as_tensor(rows, dtype=torch.int64)
-        for name in parents:
+        factual, u = self._factual(rows, parents)
+        return render(self.world, factual | parents, u)
+
+    def attributes(self, rows: NDArray[np.int64], do: Attributes) -> Attributes:
+        """All attributes (n,) of `rows` under `do`: a new age brings the disease that the row's own noise
+        makes of it, unless the disease is set as well; everything else keeps its factual value."""
+        factual, u = self._factual(rows, do)
+        result = factual | do
+        if "age" in do and "disease" not in do:
+            result["disease"] = disease_mechanism(result["age"], u["disease_noise"])
+        return result
+
+    def _factual(self, rows: NDArray[np.int64], names: Iterable[str]) -> tuple[Attributes, dict[str, Tensor]]:
+        """Parents and noise (n,) of `rows`, once `names` are known to be attributes."""
+        for name in names:
             if name not in self.parents:
                 raise UserError(f"phantom_chest has no attribute {name!r}{nearest(name, self.parents)}.")
-        factual = {name: value[picked] for name, value in self.parents.items()}
-        return render(self.world, factual | parents, {name: value[picked] for name, value in self.u.items()})
+        picked = torch.as_tensor(rows, dtype=torch.int64)
+        parents, u = ({n: v[picked] for n, v in values.items()} for values in (self.parents, self.u))
+        return parents, u
 
 
 def split_counts(count: int, splits: Mapping[str, float]) -> dict[str, int]:

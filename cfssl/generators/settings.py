@@ -6,20 +6,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cfssl.data.table import Attribute
-from cfssl.errors import UserError
-from cfssl.scm.graph import CausalGraph
-from cfssl.scm.mechanisms import CausalModelSettings
+from cfssl.scm.graph import CausalGraph, refuse_unknown
 from cfssl.settings import STRICT
 
 
 @dataclass(frozen=True, config=STRICT)
 class GraphSettings:
     """`parents`: the attributes that cause the image. `graph`: child attribute -> its parents; other
-    attributes are roots. `attributes`: how the mechanisms of the attributes are built and fitted."""
+    attributes are roots."""
 
     parents: tuple[str, ...]
     graph: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    attributes: CausalModelSettings = Field(default_factory=CausalModelSettings)
 
     def causal_graph(self, attributes: Mapping[str, Attribute]) -> CausalGraph:
         """The graph over the image's parents and whatever they descend from. Raises `UserError` for names not
@@ -27,10 +24,5 @@ class GraphSettings:
         variables = dict.fromkeys(self.parents)
         for child, causes in self.graph.items():
             variables.update(dict.fromkeys((*causes, child)))
-        unknown = [name for name in variables if name not in attributes]
-        if unknown:
-            raise UserError(
-                f"generator.parents and generator.graph name {unknown}, which the table does not have; "
-                f"its attributes are {sorted(attributes)}."
-            )
+        refuse_unknown(variables, attributes, "generator.parents or generator.graph")
         return CausalGraph(self.graph, tuple(variables), self.parents)
