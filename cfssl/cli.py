@@ -105,12 +105,18 @@ def fit(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quie
 
 @bank_app.command("build")
 def bank_build(
-    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Make shards again whose bytes fail their checksum.")
+    ] = False,
 ) -> None:
     """Write the counterfactuals of a recipe's training images."""
     job = pipeline(recipe, overrides, runs, quiet)
     if job.bank_stage.done:
-        job.build_bank(job.bank_stage.folder)  # mends what was lost since
+        job.build_bank(job.bank_stage.folder, check)  # mends what was lost since
     print(job.bank.path)
 
 

@@ -32,10 +32,10 @@ from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, Tracker, torch_threads
 from cfssl.evaluate.evaluations import evaluate
 from cfssl.evaluate.features import extract, load_features, save_features
-from cfssl.files import read_json, write_json
+from cfssl.files import made_folders, read_json, write_json
 from cfssl.generators import FittedGenerator, create_generator
 from cfssl.models.backbone import create_backbone
-from cfssl.models.export import export_encoder
+from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.provenance import code_version, environment, fingerprint, git_state
@@ -130,8 +130,7 @@ class Pipeline:
 
     @cached_property
     def table_stage(self) -> Stage:
-        source = data_source(self.recipe.data)
-        return self._stage("table", self.recipe.section("data"), source, code=TABLE_CODE)
+        return self._stage("table", data_source(self.recipe.data), code=TABLE_CODE)
 
     @cached_property
     def generator_stage(self) -> Stage | None:
@@ -201,6 +200,7 @@ class Pipeline:
             run.close()
 
         self._finish(stage, make)
+        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
         generator.load(stage.product)
         generator.to(self.recipe.hardware.device)
         return generator
@@ -213,9 +213,9 @@ class Pipeline:
         folder = self.bank_stage.folder / "bank"
         return Bank.open(folder, table_fingerprint=self.table.fingerprint, generator_fingerprint=made_by)
 
-    def build_bank(self, stage_folder: Path) -> None:
-        """Writes the shards that are missing or incomplete; also mends a finished bank whose files were
-        lost."""
+    def build_bank(self, stage_folder: Path, check: bool = False) -> None:
+        """Writes the shards that are missing or incomplete, and with `check` those whose bytes fail; also
+        mends a finished bank whose files were lost."""
         table, generator, settings = self.table, self.generator, self.recipe.bank
         graph = generator.graph if generator is not None else None
         views = plan_views(settings.do, graph, table.attributes) if settings.do else []
@@ -229,6 +229,7 @@ class Pipeline:
                 views,
                 megabytes=settings.shard_megabytes,
                 device=self.recipe.hardware.device,
+                check=check,
                 progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
             )
 
@@ -277,10 +278,11 @@ class Pipeline:
             run = self._run(folder)
             fit(objective, self.view_data(), self.recipe.train, run, label)
             save_checkpoint(stage.product, objective.state_dict())
-            run.checkpoint_path.unlink()
             run.close()
 
         self._finish(stage, make)
+        # Not before the stage counts as finished: a run killed in between would train again from nothing.
+        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
         objective.load_state_dict(load_checkpoint(stage.product))
         return objective.to(self.recipe.hardware.device).eval()
 
@@ -349,6 +351,7 @@ class Pipeline:
 
     def export(self, folder: Path) -> None:
         """The encoder in timm's layout, with its provenance."""
+        refuse_used_folder(folder)
         channels, size = view_shape(self.recipe, self.table)
         provenance = {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -365,8 +368,7 @@ class Pipeline:
         reused = stage.done
         if not reused:
             started = time.monotonic()
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            with torch_threads(self.recipe.hardware.threads):
+            with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
                 make(stage.folder)
             record = {"stage": stage.name, "key": stage.key, "seconds": round(time.monotonic() - started, 2)}
             write_json(stage.folder / "done.json", {**record, **environment()})

@@ -143,9 +143,10 @@ def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
     stored = bank.gather(chosen, np.tile(slots, (len(chosen), 1)))  # (n, 1 + K, C, H, W)
     truths = None
     if table.truth is not None:
+        rows = bank.rows[chosen]
         rendered = [
-            table.truth.counterfactual(bank.rows[chosen], intervention(view, table.attributes, len(chosen)))
-            for view in bank.views
+            table.truth.counterfactual(rows, table.truth.attributes(rows, do))
+            for do in (intervention(view, table.attributes, len(chosen)) for view in bank.views)
         ]
         truths = np.stack(rendered, axis=1)
     variable = next(iter(bank.views[0]))

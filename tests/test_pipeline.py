@@ -250,6 +250,64 @@ def test_the_export_is_the_trained_encoder(done: Pipeline, tmp_path: Path) -> No
         torch.testing.assert_close(loaded(images), done.encoder.eval()(images))
 
 
+def test_a_used_export_folder_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        job(tmp_path / "runs").export(tmp_path / "used")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_killed_before_its_stage_counts_as_finished_is_not_done_again(
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint outlives the end of the training until the stage is marked."""
+    shutil.copytree(done.runs, tmp_path / "runs")
+    again = job(tmp_path / "runs")
+    shutil.rmtree(again.encoder_stage.folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(cfssl.pipeline, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            again.objective  # noqa: B018
+    before = (again.encoder_stage.folder / "metrics.jsonl").read_bytes()
+    weights = job(tmp_path / "runs").objective.state_dict()
+    assert (again.encoder_stage.folder / "metrics.jsonl").read_bytes() == before
+    assert all(torch.equal(value, weights[name]) for name, value in done.objective.state_dict().items())
+    assert not (again.encoder_stage.folder / "checkpoint.safetensors").exists()
+
+
+def test_a_flipped_byte_is_mended_by_a_build_that_checks(done: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(done.runs, tmp_path / "runs")
+    broken = job(tmp_path / "runs")
+    shard = broken.bank_stage.folder / "bank" / "shard-00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    broken.build_bank(broken.bank_stage.folder)
+    assert shard.read_bytes() != content
+    broken.build_bank(broken.bank_stage.folder, check=True)
+    assert shard.read_bytes() == content
+
+
+def test_the_oracle_of_a_recipe_knows_what_follows_from_an_intervention(tmp_path: Path) -> None:
+    graph = {"disease": ["age"]}
+    oracle = {"name": "oracle", "parents": ["scanner", "disease", "age"], "graph": graph}
+    made = job(
+        tmp_path / "runs",
+        generator=oracle,
+        bank={"do": {"age": [85.0]}},
+        views={"counterfactual": None},
+        evaluate=[],
+    )
+    stored = made.bank.gather(np.arange(len(made.bank)), np.ones((len(made.bank), 1), int))[:, 0]
+    rows = made.bank.rows
+    do = {"age": torch.full((len(rows),), 85.0)}
+    truth = made.table.truth
+    assert truth is not None
+    followed = truth.attributes(rows, do)
+    assert (followed["disease"] != made.table.encode(("disease",), rows)["disease"]).any()
+    np.testing.assert_array_equal(stored, truth.counterfactual(rows, followed))
+
+
 def test_a_bank_that_lost_a_shard_is_named_and_mended(done: Pipeline, tmp_path: Path) -> None:
     shutil.copytree(done.runs, tmp_path / "runs")
     broken = job(tmp_path / "runs")

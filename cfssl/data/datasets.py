@@ -112,6 +112,10 @@ class PhantomTruth:
         """See `cfssl.data.table.Truth`."""
         return self.chest.counterfactual(rows, parents)
 
+    def attributes(self, rows: np.ndarray, do: Attributes) -> Attributes:
+        """See `cfssl.data.table.Truth`."""
+        return self.chest.attributes(rows, do)
+
 
 def data_source(settings: DataSettings) -> dict[str, Any]:
     """What the content key of a data set's table is made from: every setting, and the state of its files as

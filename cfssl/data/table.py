@@ -116,6 +116,11 @@ class Truth(Protocol):
         """
         ...
 
+    def attributes(self, rows: np.ndarray, do: Attributes) -> Attributes:
+        """All attributes (n,) of `rows` under `do`: what it sets, what follows from that with the rows' own
+        noise, and the factual rest."""
+        ...
+
 
 class MappedArray:
     """An `ImageArray` over a `.npy` file.

@@ -9,13 +9,13 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 
-from cfssl.data.table import Attributes, ImageTable, Truth
+from cfssl.data.table import Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
@@ -28,16 +28,6 @@ from cfssl.settings import STRICT
 
 CHUNK = 1024  # images hashed at a time
 REMEMBERED = 2**16  # counterfactuals that are recognised, the last ones rendered
-
-
-@runtime_checkable
-class CausalTruth(Truth, Protocol):
-    """A truth that also knows how its attributes cause one another."""
-
-    def attributes(self, rows: np.ndarray, do: Attributes) -> Attributes:
-        """All attributes (n,) of `rows` under `do`: what it sets, what follows from that with the rows' own
-        noise, and the factual rest."""
-        ...
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -106,11 +96,6 @@ class OracleGenerator:
         factual = {name: pa[name].cpu() for name in self.graph.variables if name in pa}
         changed = as_values({n: v.cpu() for n, v in do.items()}, self.table.attributes, like=factual)
         if following:
-            if not isinstance(self.truth, CausalTruth):
-                raise UserError(
-                    f"do({', '.join(sorted(do))}) also changes {', '.join(sorted(following))}, and the truth "
-                    f"of {self.table.name} cannot tell how; remove their edges from generator.graph."
-                )
             given = {name: value for name, value in factual.items() if name not in following} | changed
             changed = self.truth.attributes(u["row"].cpu().numpy(), given)
         return {n: changed[n].to(value.device) if n in affected else value for n, value in pa.items()}

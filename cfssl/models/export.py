@@ -25,8 +25,7 @@ def export_encoder(
     """
     from timm.models import save_for_hf
 
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"The export folder {folder} is not empty; give a new folder.")
+    refuse_used_folder(folder)
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -49,3 +48,9 @@ def export_encoder(
     # safetensors stores plain layouts only; training keeps the channels last
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format)
     save_for_hf(plain, str(folder), model_config=config, safe_serialization=True)
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raises `UserError` when `folder` holds something already; asked before anything is trained."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"The export folder {folder} is not empty; give a new folder.")

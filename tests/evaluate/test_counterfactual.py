@@ -19,7 +19,7 @@ from cfssl.evaluate.counterfactual import (
     reversibility,
 )
 from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate, to_signed
-from cfssl.generators.oracle import CausalTruth, OracleGenerator, OracleSettings
+from cfssl.generators.oracle import OracleGenerator, OracleSettings
 from cfssl.scm.graph import CausalGraph
 from cfssl.scm.mechanisms import CausalModelSettings
 from cfssl.scm.model import StructuralCausalModel
@@ -197,7 +197,7 @@ def test_the_oracle_fulfils_every_axiom(
     assert reversibility(oracle, x, pa, do, cycles=2).max() == 0
     changed, pa_cf = counterfactual(oracle, x, pa, do, torch_generator(0))
     truth = table.truth
-    assert isinstance(truth, CausalTruth)
+    assert truth is not None
     expected = truth.attributes(rows, do)
     assert torch.equal(pa_cf["disease"], expected["disease"])
     assert (pa_cf["disease"] != pa["disease"]).any() == ("age" in view)

@@ -123,19 +123,6 @@ def test_the_recipes_graph_says_what_follows(table):
     assert torch.equal(changed, to_signed(table.truth.counterfactual(ROWS, {"age": torch.full((3,), 88.0)})))
 
 
-def test_a_truth_that_knows_no_causes_is_enough_for_interventions_without_descendants(table):
-    class Renderer:
-        def counterfactual(self, rows, parents):
-            return table.truth.counterfactual(rows, parents)
-
-    oracle = OracleGenerator(CAUSAL, ImageTable.open(table.folder, Renderer()))
-    x, pa = to_signed(table.images.read(ROWS)), table.encode(oracle.graph.variables, ROWS)
-    changed, _ = act(oracle, table, x, pa, {"scanner": "D"})
-    assert not torch.equal(changed, x)
-    with pytest.raises(UserError, match=r"do\(age\) also changes disease, and the truth .* cannot tell how"):
-        act(oracle, table, x, pa, {"age": 30.0})
-
-
 @pytest.mark.parametrize(
     ("do", "message"),
     [
