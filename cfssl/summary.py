@@ -158,15 +158,18 @@ def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
 
 
 def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray:
-    """Items (count,) whose values of the first intervened variable take turns, in the order of the bank."""
-    values = table.frame[next(iter(bank.views[0]))].iloc[bank.rows].astype(str).to_numpy()
-    queues = [np.flatnonzero(values == value).tolist() for value in sorted(set(values))]
+    """Items (count,) whose values of the first intervened variable take turns, in the order of the bank.
+    Items whose value is missing have no counterfactual to show."""
+    values = table.frame[next(iter(bank.views[0]))].iloc[bank.rows]
+    known, texts = values.notna().to_numpy(), [str(value) for value in values]
+    domains = sorted({text for text, is_known in zip(texts, known, strict=True) if is_known})
+    queues = [np.flatnonzero(known & (np.array(texts) == domain)).tolist() for domain in domains]
     chosen: list[int] = []
-    while len(chosen) < min(count, len(bank)):
+    while len(chosen) < min(count, known.sum()):
         for queue in queues:
             if queue and len(chosen) < count:
                 chosen.append(queue.pop(0))
-    return np.array(sorted(chosen, key=lambda item: (values[item], item)))
+    return np.array(sorted(chosen, key=lambda item: (texts[item], item)), dtype=np.int64)
 
 
 def slot_names(bank: Bank) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
+from cfssl.summary import report_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = ["train.epochs=1", "hardware.accelerator=cpu"]
@@ -35,6 +36,7 @@ def test_a_recipe_on_real_images_runs(name: str, groups: set[str], shared_data: 
     overrides = [f"data.root={shared_data}", *SHORT, *learned]
     job = Pipeline(load_recipe(RECIPES / f"{name}.yaml", overrides), runs, quiet=True)
     results = job.run()
+    assert report_of(job).stat().st_size > 100_000
     assert set(results[0]["groups"][job.recipe.evaluate[0].by[0]]["table"]) == groups
     group = job.table.frame[job.table.group]
     for split in ("train", "val", "test"):
