@@ -1,8 +1,11 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
+from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest
 from cfssl.evaluate.evaluations import lacking
+from cfssl.generators import create_generator
+from cfssl.generators.hvae import HVAESettings
 from cfssl.models.backbone import check_backbone
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.recipe import Recipe
@@ -58,6 +61,25 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     if len(usable) < recipe.train.batch:
         images = f"{len(usable)} images" + (f" with a known {labelled!r}" if labelled else "")
         mistakes.append(f"train.batch = {recipe.train.batch}: the training split has only {images}")
+    if not mistakes:  # names that exist are needed to build anything
+        mistakes += generator_mistakes(recipe, table)
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
+
+
+def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What keeps the recipe's generator from being built, fitted or asked for the bank's views."""
+    settings = recipe.generator
+    if settings is None:
+        return []
+    try:
+        generator = create_generator(settings, table)
+        plan_views(recipe.bank.do, generator.graph, table.attributes)
+    except UserError as error:
+        return [str(error)]
+    usable = len(table.rows("train", known=generator.graph.variables))
+    batch = settings.train.batch if isinstance(settings, HVAESettings) else 1
+    if usable < batch:
+        return [f"generator.train.batch = {batch}: only {usable} training images have all its variables"]
+    return []

@@ -72,3 +72,34 @@ def test_unknown_and_continuous_targets_are_refused_by_their_own_sentence(tmp_pa
     message = str(caught.value)
     assert "evaluate[0].target = 'grad': no such attribute; the nearest is 'grade'" in message
     assert "evaluate[1].target = 'age': is continuous, expected binary or categorical" in message
+
+
+@pytest.mark.parametrize(
+    ("generator", "do", "sentence"),
+    [
+        ({"balance": "agee"}, {"grade": "all"}, "balance"),
+        ({"balance": "age"}, {"grade": "all"}, "balance"),
+        ({"graph": {"grade": ["age"], "age": ["grade"]}}, {"grade": "all"}, "cycle"),
+        ({"train": {"batch": 31}}, {"grade": "all"}, "generator.train.batch = 31: only 30 training images"),
+        ({"graph": {"age": ["grade"]}, "parents": ["grade"]}, {"age": [50.0]}, "do"),
+    ],
+)
+def test_a_generator_that_cannot_work_is_refused(
+    tmp_path: Path, generator: dict[str, Any], do: dict[str, Any], sentence: str
+) -> None:
+    frame = pd.DataFrame({"grade": grades(), "split": SPLIT, "age": np.linspace(20, 80, 90)})
+    attributes = {
+        "grade": Attribute("grade", "categorical", GRADES),
+        "age": Attribute("age", "continuous"),
+    }
+    images = np.random.default_rng(0).integers(0, 256, (90, 1, 32, 32), dtype=np.uint8)
+    table = save_prepared(tmp_path / "t", "toy", frame, attributes, images)
+
+    def asked(own: dict[str, Any], do: dict[str, Any]) -> Recipe:
+        content = recipe().model_dump(mode="json")
+        hvae = {"name": "hvae", "parents": ["grade"], "widths": [4, 4, 4, 4], "latents": [1, 1, 1], **own}
+        return parse_recipe(content | {"generator": hvae, "bank": {"do": do}}, "toy")
+
+    check_against_table(asked({"train": {"batch": 30}}, {"grade": "all"}), table)
+    with pytest.raises(UserError, match=sentence):
+        check_against_table(asked(generator, do), table)
