@@ -1,12 +1,14 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
+from dataclasses import replace
+
 from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest
 from cfssl.evaluate.evaluations import lacking
 from cfssl.generators import create_generator
 from cfssl.generators.hvae import HVAESettings
-from cfssl.models.backbone import check_backbone
+from cfssl.models.backbone import check_backbone, create_backbone
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.recipe import Recipe
 
@@ -62,7 +64,7 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         images = f"{len(usable)} images" + (f" with a known {labelled!r}" if labelled else "")
         mistakes.append(f"train.batch = {recipe.train.batch}: the training split has only {images}")
     if not mistakes:  # names that exist are needed to build anything
-        mistakes += generator_mistakes(recipe, table)
+        mistakes += [*generator_mistakes(recipe, table), *view_mistakes(recipe, table)]
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
@@ -83,3 +85,22 @@ def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     if usable < batch:
         return [f"generator.train.batch = {batch}: only {usable} training images have all its variables"]
     return []
+
+
+def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What the view plan asks of a bank that will not hold it, and of an encoder that does not have it."""
+    found = []
+    plan = recipe.views.counterfactual
+    try:
+        if plan is not None:
+            categories, values = table.attributes[plan.variable].categories, recipe.bank.do[plan.variable]
+            plan.chance(categories if values == "all" else [str(value) for value in values], categories)
+    except UserError as error:
+        found.append(str(error))
+    try:
+        if recipe.backbone.drop_path:  # not every model has it
+            channels, size = recipe.views.shape(table.images.shape)
+            create_backbone(replace(recipe.backbone, pretrained=False), channels, size, seed=0)
+    except UserError as error:
+        found.append(str(error))
+    return found

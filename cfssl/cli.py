@@ -89,9 +89,9 @@ def schema() -> None:
     """The JSON schema of recipes, for editors."""
     import json
 
-    from cfssl.recipe import Recipe
+    from cfssl.recipe import recipe_schema
 
-    print(json.dumps(Recipe.model_json_schema(), indent=1))
+    print(json.dumps(recipe_schema(), indent=1))
 
 
 @app.command()

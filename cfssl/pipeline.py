@@ -11,7 +11,6 @@ person looks for: the resolved recipe, the environment, which stages were used, 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, Tracker, torch_threads
-from cfssl.evaluate.evaluations import evaluate
+from cfssl.evaluate.evaluations import evaluate, load_scores, save_scores
 from cfssl.evaluate.features import extract, load_features, save_features
 from cfssl.files import made_folders, read_json, write_json
 from cfssl.generators import FittedGenerator, create_generator
@@ -38,81 +37,18 @@ from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
-from cfssl.provenance import code_version, environment, fingerprint, git_state
+from cfssl.provenance import environment, git_state
 from cfssl.recipe import Recipe, write_recipe
-
-# The code that each stage's product depends on; what its input stages list counts through their keys.
-TRAINING_CODE = (
-    "seeds.py",
-    "engine/loop.py",
-    "engine/guard.py",
-    "engine/precision.py",
-    "engine/schedules.py",
+from cfssl.stages import (
+    BANK_CODE,
+    ENCODER_CODE,
+    EVALUATION_CODE,
+    FEATURE_CODE,
+    GENERATOR_CODE,
+    TABLE_CODE,
+    Stage,
+    keyed_stage,
 )
-TABLE_CODE = (
-    "seeds.py",
-    "data/table.py",
-    "data/columns.py",
-    "data/npz.py",
-    "data/readers.py",
-    "data/sources.py",
-    "data/splits.py",
-    "data/prepare.py",
-    "data/writer.py",
-    "data/datasets.py",
-    "data/morphomnist.py",
-    "data/phantoms",
-)
-GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
-BANK_CODE = ("seeds.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
-ENCODER_CODE = (
-    "bank/store.py",
-    "data/order.py",
-    "data/plan.py",
-    "data/views.py",
-    "data/geometry.py",
-    "data/augment.py",
-    "models",
-    "objectives",
-    *TRAINING_CODE,
-)
-FEATURE_CODE = ("evaluate/features.py", "data/geometry.py", "models")
-EVALUATION_CODE = (
-    "seeds.py",
-    "evaluate/evaluations.py",
-    "evaluate/probe.py",
-    "evaluate/knn.py",
-    "evaluate/groups.py",
-    "evaluate/metrics.py",
-    "evaluate/choice.py",
-)
-
-PRODUCTS = {
-    "table": "table/table.json",
-    "generator": "generator.safetensors",
-    "bank": "bank/bank.json",
-    "encoder": "objective.safetensors",
-    "features": "features.npy",
-    "evaluation": "result.json",
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`folder` holds the stage's files; `done` once it has been finished and while its product is there."""
-
-    name: str
-    key: str
-    folder: Path
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "done.json").is_file() and self.product.is_file()
-
-    @property
-    def product(self) -> Path:
-        """The file that other stages read first."""
-        return self.folder / PRODUCTS[self.name]
 
 
 class Pipeline:
@@ -125,8 +61,7 @@ class Pipeline:
         self.used: dict[str, dict[str, Any]] = {}
 
     def _stage(self, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
-        key = fingerprint(name, content, code_version(*code))
-        return Stage(name, key, self.runs / "stages" / f"{name}-{key}")
+        return keyed_stage(self.runs, name, *content, code=code)
 
     @cached_property
     def table_stage(self) -> Stage:
@@ -180,10 +115,6 @@ class Pipeline:
         self._finish(self.table_stage, make)
         table = open_dataset(settings, self.table_stage.folder / "table")
         check_against_table(self.recipe, table)
-        check_view_plan(self.recipe, table)
-        backbone = replace(self.recipe.backbone, pretrained=False)
-        if backbone.drop_path:  # not every model has it, and that is better known before hours of training
-            create_backbone(backbone, *view_shape(self.recipe, table), seed=0)
         return table
 
     @cached_property
@@ -260,7 +191,7 @@ class Pipeline:
         """The objective as it is before training: the same weights for every recipe with this backbone,
         objective and seed."""
         recipe = self.recipe
-        channels, size = view_shape(recipe, self.table)
+        channels, size = recipe.views.shape(self.table.images.shape)
         encoder = create_backbone(recipe.backbone, channels, size, recipe.train.seed)
         classes = None
         if isinstance(recipe.objective, SupervisedSettings):
@@ -312,8 +243,12 @@ class Pipeline:
         return load_features(stage.product)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The result of every evaluation of the recipe, also written beside the report."""
-        results = []
+        """The result of every evaluation of the recipe, also written beside the report; those of evaluations
+        that the recipe no longer has are removed from there."""
+        results: list[dict[str, Any]] = []
+        for file in self.folder.glob("*-*.json"):
+            if file.stem not in {settings.label for settings in self.recipe.evaluate}:
+                file.unlink()
         for index, settings in enumerate(self.recipe.evaluate):
             stage = self.evaluation_stage(index)
 
@@ -332,8 +267,7 @@ class Pipeline:
     def scores(self, index: int) -> dict[str, np.ndarray]:
         """The test scores behind evaluation `index`, for paired comparisons: see `evaluations.evaluate`."""
         self.evaluations()
-        with np.load(self.evaluation_stage(index).folder / "scores.npz", allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        return load_scores(self.evaluation_stage(index).folder / "scores.npz")
 
     def run(self) -> list[dict[str, Any]]:
         """Everything, and the run folder's records. Returns the evaluation results."""
@@ -352,7 +286,7 @@ class Pipeline:
     def export(self, folder: Path) -> None:
         """The encoder in timm's layout, with its provenance."""
         refuse_used_folder(folder)
-        channels, size = view_shape(self.recipe, self.table)
+        channels, size = self.recipe.views.shape(self.table.images.shape)
         provenance = {
             "recipe": self.recipe.model_dump(mode="json"),
             "encoder_key": self.encoder_stage.key,
@@ -378,23 +312,6 @@ class Pipeline:
         return {"stage": stage.name, "folder": str(stage.folder), "reused": reused}
 
 
-def view_shape(recipe: Recipe, table: ImageTable) -> tuple[int, tuple[int, int]]:
-    """Channels and (height, width) of the views."""
-    channels, height, width = table.images.shape
-    side = recipe.views.size
-    return channels, (side or height, side or width)
-
-
-def check_view_plan(recipe: Recipe, table: ImageTable) -> None:
-    """Raises `UserError` when the bank of `recipe` will not hold what its view plan asks for; before it is
-    built."""
-    plan = recipe.views.counterfactual
-    if plan is None:
-        return
-    categories, values = table.attributes[plan.variable].categories, recipe.bank.do[plan.variable]
-    plan.chance(categories if values == "all" else [str(value) for value in values], categories)
-
-
 def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:
     """wandb is offline unless WANDB_MODE says otherwise: a forgotten online mode blocks for minutes on
     compute nodes without a network."""
@@ -409,11 +326,3 @@ def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:
         project="cfssl", name=recipe.name, dir=folder, id=folder.name, resume="allow", config=settings
     )
     return (run,)
-
-
-def save_scores(path: Path, scores: dict[str, np.ndarray]) -> None:
-    """Plain arrays in one .npz, written atomically."""
-    from cfssl.files import atomic_path
-
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **scores)  # type: ignore[arg-type]  # the stub mistakes names for options

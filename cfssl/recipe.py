@@ -130,6 +130,28 @@ def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
     return recipe
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for editors.
+
+    A file may leave any part of a section to its `base`, so nothing is required here and a section without a
+    `name` may be any of its kinds; `cfssl check` sees the merged recipe and asks for what is missing.
+    """
+    schema = _partial(Recipe.model_json_schema())
+    about = "The recipe this one inherits from, relative to this file."
+    schema["properties"]["base"] = {"type": "string", "title": "Base", "description": about}
+    return schema
+
+
+def _partial(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_partial(entry) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    dropped = ("required", "discriminator")
+    kept = {key: _partial(value) for key, value in node.items() if key not in dropped}
+    return {"anyOf" if key == "oneOf" else key: value for key, value in kept.items()}
+
+
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The resolved recipe, every default spelled out."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json"))))
@@ -188,6 +210,8 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _none_strings(node: Any, path: str = "") -> list[str]:
+    if path == "data.missing":  # texts of the table, among which "None" may well be one
+        return []
     if isinstance(node, Mapping):
         return [
             found

@@ -16,6 +16,7 @@ PACKAGE = Path(cfssl.__file__).parent
 FLOORS = [
     {"errors"},
     {"files", "seeds", "provenance", "settings"},
+    {"stages"},
     {"data", "models", "engine"},
     {"scm", "objectives"},
     {"generators"},

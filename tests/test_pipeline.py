@@ -15,6 +15,7 @@ import timm
 import torch
 
 import cfssl.pipeline
+import cfssl.stages
 from cfssl import provenance
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
@@ -168,7 +169,7 @@ PASSIVE = {
 def test_the_code_of_a_stage_is_all_that_it_imports() -> None:
     known: set[str] = set()
     for stage in ALL:
-        code = getattr(cfssl.pipeline, f"{stage.removesuffix('s').upper()}_CODE")
+        code = getattr(cfssl.stages, f"{stage.removesuffix('s').upper()}_CODE")
         files = {file for room in code for file in code_files(room)}
         known |= files
         imported = set().union(*(imported_files(file) for file in files))
@@ -248,6 +249,17 @@ def test_the_export_is_the_trained_encoder(done: Pipeline, tmp_path: Path) -> No
     images = torch.rand(2, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), done.encoder.eval()(images))
+
+
+def test_results_of_evaluations_that_the_recipe_no_longer_has_are_removed(
+    done: Pipeline, tmp_path: Path
+) -> None:
+    shutil.copytree(done.runs, tmp_path / "runs")
+    probe = {"name": "linear_probe", "target": "sex", "resamples": 50}
+    changed = job(tmp_path / "runs", evaluate=[probe])
+    assert (changed.folder / "knn-disease.json").exists()
+    changed.evaluations()
+    assert {file.name for file in changed.folder.glob("*-*.json")} == {"linear_probe-sex.json"}
 
 
 def test_a_used_export_folder_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

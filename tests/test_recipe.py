@@ -5,12 +5,14 @@ That every key acts is tested in test_keys.py.
 
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cfssl.errors import UserError
-from cfssl.recipe import Recipe, load_recipe, parse_recipe, write_recipe
+from cfssl.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, write_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = """
@@ -153,6 +155,32 @@ def test_nonsense_is_one_error_never_a_crash(content: dict) -> None:
 
 
 def test_the_schema_names_every_section() -> None:
-    schema = Recipe.model_json_schema()
-    assert set(schema["properties"]) == set(Recipe.model_fields)
+    schema = recipe_schema()
+    assert set(schema["properties"]) == {*Recipe.model_fields, "base"}
     assert "PhantomChestSettings" in schema["$defs"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_an_editor_accepts_every_recipe_that_ships(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"train": {"epoch": 3}},
+        {"train": {"epochs": "many"}},
+        {"views": {"counterfactual": {"view": "one"}}},
+        {"objective": {"name": "simclr", "temprature": 0.1}},
+    ],
+)
+def test_an_editor_marks_mistakes(content: dict) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, recipe_schema())
+
+
+def test_none_is_a_text_like_others_where_a_tables_missing_texts_are_declared(tmp_path: Path) -> None:
+    content = {"name": "own", "data": {"name": "table", "path": "own.csv", "missing": ["None"]}}
+    assert parse_recipe(content, "own").data.missing == ("None",)
+    with pytest.raises(UserError, match="write null for nothing"):
+        parse_recipe(content | {"generator": "None"}, "own")

@@ -36,7 +36,10 @@ class CounterfactualPlan:
     (SimCLR+); otherwise each draws its own target."""
 
     variable: str
-    view: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)] = (1,)
+    view: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=int | tuple[int, ...]),
+    ] = (1,)
     probability: Probability | Literal["balanced"] = "balanced"
     target: Literal["uniform"] | dict[str, NonNegative] = "uniform"
     shared: bool = False

@@ -77,6 +77,11 @@ class ViewSettings:
                 f"counterfactual.view names view {outside[0]}, but the views are 0..{self.count - 1}"
             )
 
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+        """Channels and (height, width) of the views of images of the shape `stored` (C, H, W)."""
+        channels, height, width = stored
+        return channels, (self.size or height, self.size or width)
+
 
 class ViewData:
     """Step data for the training loop: `data[step]` is the list of `accumulate` ViewBatches of that step.

@@ -7,6 +7,7 @@ label subsets.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cfssl.evaluate.knn import TEMPERATURE, knn
 from cfssl.evaluate.metrics import MetricName
 from cfssl.evaluate.probe import linear_probe, subset_labels
 from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.files import atomic_path
 
 METRICS: tuple[MetricName, ...] = ("auc", "average_precision", "balanced_accuracy", "macro_f1")
 
@@ -137,3 +139,15 @@ def choice_of(setting: str, chosen: float, grid: Sequence[dict[str, Any]]) -> di
         f"{setting}_at_edge_of_grid": chosen in (grid[0][setting], grid[-1][setting]),
         f"{setting}_grid": list(grid),
     }
+
+
+def save_scores(path: Path, scores: dict[str, np.ndarray]) -> None:
+    """Plain arrays in one .npz, written atomically."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **scores)  # type: ignore[arg-type]  # the stub mistakes names for options
+
+
+def load_scores(path: Path) -> dict[str, np.ndarray]:
+    """What `save_scores` wrote."""
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}

@@ -28,6 +28,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from cfssl.data.order import EpochOrder
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import TrainSettings, fit
@@ -43,7 +44,7 @@ from cfssl.scm.mechanisms import CausalModelSettings, Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, numpy_generator, torch_generator
-from cfssl.settings import STRICT, Count, Positive, Probability
+from cfssl.settings import STRICT, AboveOne, BelowOne, Count, Positive, Probability
 
 # Widths at 32, 16, 8 and 4 pixels of the published small models, both of about .4 M parameters: S-HVAE-32 for
 # images of 32 pixels, S-HVAE-64 (a pixel-unshuffle in front) for larger ones.
@@ -60,10 +61,10 @@ class HVAETrainSettings(TrainSettings):
     """The defaults of the published image mechanism, with the skip rule relative to the running median."""
 
     lr: Positive = 1e-3
-    betas: tuple[Probability, Probability] = (0.9, 0.9)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.9)
     warmup: Probability = 0.02
     clip: Positive | None = 100.0
-    skip_factor: Positive | None = 20.0
+    skip_factor: AboveOne | None = 20.0
     epochs: Count = 20
     batch: Count = 32
 
@@ -128,24 +129,19 @@ class ImageData:
                 f"generator.train.batch is {self.batch}, but only {len(rows)} training images have all "
                 "parents; lower it."
             )
-        self.steps_per_epoch = len(rows) // self.batch
-        self.epochs = settings.epochs
+        self.order = EpochOrder(len(rows), self.batch, settings.epochs, self.seed)
         cumulative = None if weights is None else np.cumsum(weights)
         self._cumulative = None if cumulative is None else cumulative / cumulative[-1]
-        self._epoch: tuple[int, np.ndarray] | None = None  # the permutation in use
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs
+        return len(self.order)
 
     def items(self, step: int) -> np.ndarray:
         """The places (batch,) in `rows` of a step."""
         if self._cumulative is not None:
             level = numpy_generator(self.seed, "draw", step).random(self.batch)
             return np.searchsorted(self._cumulative, level, side="right")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, numpy_generator(self.seed, "epoch", epoch).permutation(len(self.rows))
-        return self._epoch[1][place * self.batch : (place + 1) * self.batch]
+        return self.order.items(step)
 
     def __getitem__(self, step: int) -> list[ImageBatch]:
         items = self.items(step)

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch.distributions import Normal, kl_divergence
 
+from cfssl.data import order
 from cfssl.data.phantoms import chest
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import Attribute, Attributes, ImageTable
@@ -529,7 +530,7 @@ def test_every_epoch_is_a_permutation_of_its_own_that_is_drawn_once(
     table: ImageTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(hvae, "numpy_generator", lambda *key: drawn.append(key) or numpy_generator(*key))
+    monkeypatch.setattr(order, "numpy_generator", lambda *key: drawn.append(key) or numpy_generator(*key))
     data = image_data(table)
     epochs = [np.concatenate([data.items(3 * epoch + place) for place in range(3)]) for epoch in range(3)]
     for items in epochs:

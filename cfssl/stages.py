@@ -1,0 +1,90 @@
+"""What a stage is: a name, a key, a folder, and the code that its product depends on.
+
+The key = hash(settings + keys of the input stages + code version of the stage's rooms), so equal keys
+mean equal products.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfssl.provenance import code_version, fingerprint
+
+# The code that each stage's product depends on; what its input stages list counts through their keys.
+TRAINING_CODE = (
+    "seeds.py",
+    "data/order.py",
+    "engine/loop.py",
+    "engine/guard.py",
+    "engine/precision.py",
+    "engine/schedules.py",
+)
+TABLE_CODE = (
+    "seeds.py",
+    "data/table.py",
+    "data/columns.py",
+    "data/npz.py",
+    "data/readers.py",
+    "data/sources.py",
+    "data/splits.py",
+    "data/prepare.py",
+    "data/writer.py",
+    "data/datasets.py",
+    "data/morphomnist.py",
+    "data/phantoms",
+)
+GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
+BANK_CODE = ("seeds.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
+ENCODER_CODE = (
+    "bank/store.py",
+    "data/plan.py",
+    "data/views.py",
+    "data/geometry.py",
+    "data/augment.py",
+    "models",
+    "objectives",
+    *TRAINING_CODE,
+)
+FEATURE_CODE = ("evaluate/features.py", "data/geometry.py", "models")
+EVALUATION_CODE = (
+    "seeds.py",
+    "evaluate/evaluations.py",
+    "evaluate/probe.py",
+    "evaluate/knn.py",
+    "evaluate/groups.py",
+    "evaluate/metrics.py",
+    "evaluate/choice.py",
+)
+
+PRODUCTS = {
+    "table": "table/table.json",
+    "generator": "generator.safetensors",
+    "bank": "bank/bank.json",
+    "encoder": "objective.safetensors",
+    "features": "features.npy",
+    "evaluation": "result.json",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`folder` holds the stage's files; `done` once it has been finished and while its product is there."""
+
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done.json").is_file() and self.product.is_file()
+
+    @property
+    def product(self) -> Path:
+        """The file that other stages read first."""
+        return self.folder / PRODUCTS[self.name]
+
+
+def keyed_stage(runs: Path, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
+    """The stage `name` under `runs` whose key counts `content` (JSON-serialisable) and `code`."""
+    key = fingerprint(name, content, code_version(*code))
+    return Stage(name, key, runs / "stages" / f"{name}-{key}")
