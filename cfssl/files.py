@@ -1,11 +1,8 @@
 """Files and folders that are either whole or absent: everything is written under a temporary name, flushed to
 disk and renamed."""
 
-import hashlib
 import json
-import math
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -15,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfssl.errors import UserError
-
-WEEK = 7 * 24 * 3600.0
+from cfssl.writers import is_abandoned, owner
 
 
 @contextmanager
@@ -24,7 +20,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well it is fsynced and renamed to `path`,
     else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{owner()}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -46,7 +42,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     The files in it are the block's to flush. What killed writers of `path` left behind is removed first.
     """
     with made_folders(path.parent):
-        prefix = f".{path.name}.{_machine()}-{os.getpid()}."
+        prefix = f".{path.name}.{owner()}."
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".part"))
         try:
             _remove_left_behind(path, temporary)
@@ -90,52 +86,12 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _remove_left_behind(path: Path, fresh: Path) -> None:
-    """Removes temporary folders of `path` whose writers are certainly gone.
-
-    Locks mean little on shared file systems, and process numbers nothing on another machine. So a folder of
-    this machine goes when its process is gone (a number used again keeps it), and one of another machine when
-    nothing was written in it for a week, by the clock of the file server: that of `fresh`, just made.
-    """
-    now = fresh.stat().st_mtime
-    name = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]+)-([0-9]+)\.\w+\.(part|old)")
+    """Removes temporary folders of `path` whose writers are certainly gone."""
+    now = fresh.stat().st_mtime  # just made, so this is the clock of the file server
+    name = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}-[0-9]+\.\w+\.(part|old)")
     for part in list(path.parent.iterdir()):
-        if not (found := name.fullmatch(part.name)):
-            continue
-        if found[1] == _machine():
-            gone = not _is_alive(int(found[2]))
-        else:
-            gone = now - _last_written(part) > WEEK
-        if gone:
+        if name.fullmatch(part.name) and is_abandoned(part, now):
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _last_written(folder: Path) -> float:
-    """When the folder or a file in it was written last; never, if another process has just removed it."""
-    try:
-        return max(found.stat().st_mtime for found in (folder, *folder.iterdir()))
-    except FileNotFoundError:
-        return math.inf
-
-
-def _machine() -> str:
-    """Names the processes among which a number is one process: this start of this machine, and the container
-    in it."""
-    try:
-        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        names = f"{start} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116  the link's own target
-    except OSError:
-        names = platform.node()
-    return hashlib.blake2b(names.encode(), digest_size=6).hexdigest()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def fsync_directory(path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cfssl import files
-from cfssl.files import WEEK, atomic_folder, atomic_path, made_folders, write_json
+from cfssl.files import atomic_folder, atomic_path, made_folders, write_json
+from cfssl.writers import WEEK, machine
 
 
 def names(folder: Path) -> list[str]:
@@ -77,7 +77,7 @@ def test_made_folders_go_when_the_block_fails_and_others_stay(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["part", "old"])
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, kind: str) -> None:
-    part(tmp_path, f"{files._machine()}-{dead_process()}", kind)
+    part(tmp_path, f"{machine()}-{dead_process()}", kind)
     with atomic_folder(tmp_path / "t"):
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == ["t"]
@@ -86,7 +86,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, kind: 
 def test_what_a_living_writer_has_stays(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        living = [part(tmp_path, f"{files._machine()}-{number}") for number in (process.pid, os.getpid(), 1)]
+        living = [part(tmp_path, f"{machine()}-{number}") for number in (process.pid, os.getpid(), 1)]
         with atomic_folder(tmp_path / "t"):
             pass
         assert names(tmp_path) == sorted(["t", *(left.name for left in living)])
@@ -113,7 +113,7 @@ def test_what_another_machine_has_stays_until_nothing_was_written_for_a_week(tmp
 
 
 def test_only_the_remains_of_the_same_folder_are_touched(tmp_path: Path) -> None:
-    owner = f"{files._machine()}-{dead_process()}"
+    owner = f"{machine()}-{dead_process()}"
     others = [
         f".u.{owner}.a1b2c3d4.part",
         f".t.u.{owner}.a1b2c3d4.part",

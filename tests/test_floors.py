@@ -14,7 +14,7 @@ import cfssl
 
 PACKAGE = Path(cfssl.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "writers"},
     {"files", "seeds", "provenance", "settings"},
     {"stages"},
     {"data", "models", "engine"},

@@ -158,6 +158,7 @@ PASSIVE = {
     "files.py",
     "provenance.py",
     "settings.py",
+    "writers.py",
     "engine/checkpoint.py",
     "engine/meter.py",
     "engine/progress.py",

@@ -16,17 +16,13 @@ sealed with a fingerprint of their content, other files are described by their s
 import math
 import mmap
 import os
-import re
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -34,11 +30,9 @@ import xxhash
 from cfssl.errors import UserError
 from cfssl.files import atomic_path, fsync_directory, read_json, write_json
 from cfssl.provenance import fingerprint
+from cfssl.writers import is_abandoned, owner
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
-HOST = socket.gethostname()
-OWNER = re.compile(r"\.(\d+)@(.+?)\.part")
-FORGOTTEN = 24 * 3600.0  # seconds without a write after which a temporary file is nobody's
 
 View = dict[str, str | float]  # a do(), e.g. {"scanner": "B"}
 
@@ -127,9 +121,9 @@ def write_shard(folder: Path, plan: Plan, shard: int, images: np.ndarray, index:
     if len(index) != expected[0] * plan.slots:
         raise ValueError(f"Shard {shard} has {len(index)} index rows, expected {expected[0] * plan.slots}.")
     data, part = shard_file(folder, shard, "npy"), shard_file(folder, shard, "parquet")
-    with writing(data) as temporary, temporary.open("wb") as stream:
+    with atomic_path(data) as temporary, temporary.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(images), allow_pickle=False)
-    with writing(part) as temporary:
+    with atomic_path(part) as temporary:
         pq.write_table(index, temporary, row_group_size=len(index))
     entry = {"rows": len(images), **size_and_checksum(data), "index": size_and_checksum(part)}
     write_record(shard_file(folder, shard, "json"), {"plan": plan.key, "shard": entry})
@@ -161,7 +155,7 @@ def finish(folder: Path) -> None:
             f"one is number {missing[0]}; build the missing shards before finishing the bank."
         )
     if record["shards"] != found or not is_sound(index, record["index"]):
-        with writing(index) as temporary:
+        with atomic_path(index) as temporary:
             _join_parts(folder, plan, temporary)
         write_record(path, _bank_record(plan, found, size_and_checksum(index)))
     remove_abandoned(folder)
@@ -261,32 +255,15 @@ def _refuse_shards_of_another_plan(folder: Path, plan: Plan) -> None:
             )
 
 
-# Files of a folder that several processes write at once, perhaps on several machines. Each is written under
-# a name that says whose it is, so that what a killed process left can be told from what a living one writes.
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path` when the block ends well."""
-    own = _own(path)
-    with atomic_path(own) as temporary:
-        yield temporary
-    own.replace(path)
-    fsync_directory(path.parent)
-
-
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
     """Writes sealed JSON, in the place of what is there."""
-    own = _own(path)
-    write_json(own, sealed(content))
-    own.replace(path)
-    fsync_directory(path.parent)
+    write_json(path, sealed(content))
 
 
 def create_record(path: Path, content: Mapping[str, Any]) -> bool:
     """Writes sealed JSON where there is no file yet, and returns whether it did. Of several processes that
     try at once, one does."""
-    own = _own(path)
+    own = path.with_name(f".{path.name}.{owner()}.new.part")
     write_json(own, sealed(content))
     try:
         os.link(own, path)
@@ -319,12 +296,9 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes the temporary files of processes of this machine that are no more, and those that nobody has
-    written to for a day."""
+    """Removes the temporary files of writers that are certainly gone."""
     for file in folder.glob(".*.part"):
-        owner = OWNER.search(file.name)
-        is_dead = owner is not None and owner[2] == HOST and not psutil.pid_exists(int(owner[1]))
-        if is_dead or _age(file) > FORGOTTEN:
+        if is_abandoned(file, time.time()):
             file.unlink(missing_ok=True)
 
 
@@ -343,16 +317,3 @@ def size_and_checksum(file: Path) -> dict[str, Any]:
 def is_sound(file: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a file is there with the size and checksum of its entry."""
     return size_of(file) == entry["bytes"] and size_and_checksum(file)["checksum"] == entry["checksum"]
-
-
-def _own(path: Path) -> Path:
-    """A name beside `path` that tells which process of which machine writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}.part")
-
-
-def _age(file: Path) -> float:
-    """Seconds since the last write; 0 where the file is gone."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

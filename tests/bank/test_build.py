@@ -31,7 +31,6 @@ from bank_toys import (
 
 from cfssl.bank.build import plan_bank, plan_views, shard_megabytes
 from cfssl.bank.shards import (
-    HOST,
     begin,
     finish,
     size_and_checksum,
@@ -42,6 +41,7 @@ from cfssl.bank.shards import (
 from cfssl.bank.store import Bank, verify
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
+from cfssl.writers import WEEK, machine, owner
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_any_truncated_or_missing_file_is_made_again(tmp_path, table):
                 file.write_bytes(content[:size])
             elif name != "bank.json":  # without it the folder is nobody's
                 file.unlink()
-            left = f".shard-00001.npy.{dead_process()}@{HOST}.part"
+            left = f".shard-00001.npy.{machine()}-{dead_process()}.x7.part"
             (tmp_path / "bank" / left).write_bytes(b"of a killed process")
             build_toy(tmp_path / "bank", table)
             assert snapshot(tmp_path / "bank") == before, (name, size)
@@ -378,20 +378,20 @@ def test_a_builder_that_begins_late_leaves_a_finished_bank_finished(tmp_path, ta
 def test_what_living_builders_write_is_left_alone(tmp_path, table):
     build_toy(tmp_path / "bank", table)
     before = snapshot(tmp_path / "bank")
-    dead, day = dead_process(), 24 * 3600
-    left = {  # name -> (hours since the last write, stays)
-        f".shard-00001.npy.{os.getpid()}@{HOST}.part": (0, True),
-        f".shard-00001.npy.{os.getpid()}@{HOST}.part.x7.part": (0, True),
-        f".shard-00002.npy.{os.getpid()}@{HOST}.part": (25, False),
-        f".shard-00002.npy.{dead}@{HOST}.part": (0, False),
-        f".shard-00002.npy.{dead}@another-{HOST}.part": (0, True),
-        f".shard-00003.npy.{dead}@another-{HOST}.part": (25, False),
-        ".shard-00003.npy.x7.part": (0, True),
-        ".index.parquet.x7.part": (25, False),
+    mine, dead, another = owner(), f"{machine()}-{dead_process()}", f"0123456789ab-{dead_process()}"
+    left = {  # name -> (days since the last write, stays)
+        f".shard-00001.npy.{mine}.x7.part": (0, True),
+        f".bank.json.{mine}.new.part": (0, True),
+        f".shard-00002.npy.{mine}.x7.part": (8, True),
+        f".shard-00002.npy.{dead}.x7.part": (0, False),
+        f".shard-00002.npy.{another}.x7.part": (6, True),
+        f".shard-00003.npy.{another}.x7.part": (8, False),
+        ".shard-00003.npy.x7.part": (6, True),
+        ".index.parquet.x7.part": (8, False),
     }
-    for name, (hours, _) in left.items():
+    for name, (days, _) in left.items():
         (tmp_path / "bank" / name).write_bytes(b"half a shard")
-        then = time.time() - hours * day / 24
+        then = time.time() - days * WEEK / 7
         os.utime(tmp_path / "bank" / name, (then, then))
     build_toy(tmp_path / "bank", table)
     assert set(snapshot(tmp_path / "bank")) == set(before) | {n for n, (_, stays) in left.items() if stays}
