@@ -30,6 +30,35 @@ def test_every_result_names_its_script_machine_protocol_and_seeds(path: Path) ->
             assert figure["low"] <= figure["value"] <= figure["high"], name
 
 
+WORLDS = ("oracle", "hvae")
+SOURCES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias")
+QUALITY = {
+    "acquisition_shift": [
+        *(
+            f"phantom_{world}_{kind}_{where}"
+            for world in WORLDS
+            for kind in ("gain", "over_plus")
+            for where in ("rare", "major")
+        ),
+        *(f"phantom_{arm}_auc_{scanner}" for arm in ("simclr", "supervised") for scanner in "ABCD"),
+        *(f"ham_gain_{source}" for source in SOURCES),
+        "ham_gain_worst",
+        "hvae_scanner_effectiveness",
+        "hvae_l1_ratio",
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [(name, f) for name, figures in QUALITY.items() for f in figures]
+)
+def test_every_figure_of_quality_has_three_training_seeds_and_an_interval(name: str, figure: str) -> None:
+    found = read_json(ROOT / "benchmarks" / "results" / f"{name}.json")["figures"][figure]
+    assert len(found["seeds"]) >= 3
+    assert found["value"] == pytest.approx(sum(found["seeds"]) / len(found["seeds"]))
+    assert found["low"] <= found["value"] <= found["high"]
+
+
 def test_committed_recipes_and_docs_name_no_machine() -> None:
     for file in [
         *ROOT.glob("*.md"),
