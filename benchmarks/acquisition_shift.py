@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from record import figure, markdown_table, over_seeds, with_interval, write_results
 
+from cfssl.data.pixels import to_signed
 from cfssl.evaluate.counterfactual import composition, distance_to_truth, effectiveness, reversibility
 from cfssl.evaluate.groups import paired_mean_of_groups, paired_worst_group
 from cfssl.files import read_json
-from cfssl.generators.base import counterfactual, intervention, to_signed
+from cfssl.generators.base import counterfactual, intervention
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
 from cfssl.seeds import torch_generator

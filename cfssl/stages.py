@@ -14,6 +14,8 @@ from cfssl.provenance import code_version, fingerprint
 TRAINING_CODE = (
     "seeds.py",
     "data/order.py",
+    "data/batches.py",
+    "data/pixels.py",
     "engine/loop.py",
     "engine/guard.py",
     "engine/precision.py",
@@ -34,7 +36,7 @@ TABLE_CODE = (
     "data/phantoms",
 )
 GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
-BANK_CODE = ("seeds.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
+BANK_CODE = ("seeds.py", "data/pixels.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
 ENCODER_CODE = (
     "bank/store.py",
     "data/plan.py",

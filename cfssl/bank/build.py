@@ -20,9 +20,10 @@ import pyarrow as pa
 import torch
 
 from cfssl.bank.shards import Plan, View, begin, complete_shard, finish, view_checksum, write_shard
+from cfssl.data.pixels import to_signed, to_stored
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.errors import UserError
-from cfssl.generators.base import Exogenous, Generator, intervention, to_signed, to_stored
+from cfssl.generators.base import Exogenous, Generator, intervention
 from cfssl.scm.graph import CausalGraph
 from cfssl.seeds import derive_seed, torch_generator
 

@@ -28,14 +28,14 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from cfssl.data.order import EpochOrder
+from cfssl.data.batches import ImageBatch, ImageData
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.run import Run
 from cfssl.engine.schedules import linear
 from cfssl.errors import UserError
-from cfssl.generators.base import Exogenous, propagate, to_signed
+from cfssl.generators.base import Exogenous, propagate
 from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_X, gaussian_nll
 from cfssl.generators.settings import GraphSettings
 from cfssl.provenance import code_version, fingerprint
@@ -43,7 +43,7 @@ from cfssl.scm.graph import CausalGraph
 from cfssl.scm.mechanisms import CausalModelSettings, Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
-from cfssl.seeds import derive_seed, numpy_generator, torch_generator
+from cfssl.seeds import derive_seed, torch_generator
 from cfssl.settings import STRICT, AboveOne, BelowOne, Count, Positive, Probability
 
 # Widths at 32, 16, 8 and 4 pixels of the published small models, both of about .4 M parameters: S-HVAE-32 for
@@ -92,67 +92,6 @@ class HVAESettings(GraphSettings):
     train: HVAETrainSettings = Field(default_factory=HVAETrainSettings)
 
 
-class ImageBatch:
-    """Images (B, C, H, W) float32 in [-1, 1], their parents, and standard normal noise for the latents (B,
-    noise_size)."""
-
-    def __init__(self, x: torch.Tensor, parents: Attributes, noise: torch.Tensor) -> None:
-        self.x, self.parents, self.noise = x, parents, noise
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def to(self, device: Any, **keywords: Any) -> "ImageBatch":
-        parents = {name: value.to(device, **keywords) for name, value in self.parents.items()}
-        return ImageBatch(self.x.to(device, **keywords), parents, self.noise.to(device, **keywords))
-
-
-class ImageData:
-    """Step data: `data[step]` is the list of micro-batches of that step, a pure function of (seed, step).
-
-    Rows are drawn with replacement by `weights` (N,) when given, else by a permutation per epoch.
-    """
-
-    def __init__(
-        self,
-        table: ImageTable,
-        rows: np.ndarray,
-        parents: Attributes,
-        noise_size: int,
-        settings: TrainSettings,
-        weights: np.ndarray | None = None,
-    ) -> None:
-        self.table, self.rows, self.parents, self.noise_size = table, rows, parents, noise_size
-        self.seed, self.accumulate, self.batch = settings.seed, settings.accumulate, settings.batch
-        if len(rows) < self.batch:
-            raise UserError(
-                f"generator.train.batch is {self.batch}, but only {len(rows)} training images have all "
-                "parents; lower it."
-            )
-        self.order = EpochOrder(len(rows), self.batch, settings.epochs, self.seed)
-        cumulative = None if weights is None else np.cumsum(weights)
-        self._cumulative = None if cumulative is None else cumulative / cumulative[-1]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def items(self, step: int) -> np.ndarray:
-        """The places (batch,) in `rows` of a step."""
-        if self._cumulative is not None:
-            level = numpy_generator(self.seed, "draw", step).random(self.batch)
-            return np.searchsorted(self._cumulative, level, side="right")
-        return self.order.items(step)
-
-    def __getitem__(self, step: int) -> list[ImageBatch]:
-        items = self.items(step)
-        x = to_signed(self.table.images.read(self.rows[items]))
-        parents = {name: values[torch.from_numpy(items)] for name, values in self.parents.items()}
-        noise = torch.randn(len(items), self.noise_size, generator=torch_generator(self.seed, "noise", step))
-        size = len(items) // self.accumulate
-        parts = [slice(part * size, (part + 1) * size) for part in range(self.accumulate)]
-        return [ImageBatch(x[p], {name: v[p] for name, v in parents.items()}, noise[p]) for p in parts]
-
-
 class HVAETask(nn.Module):
     """Minimises F = mean-pixel NLL + beta KL / (C H W) in nats per pixel, and keeps averaged weights."""
 
@@ -172,7 +111,7 @@ class HVAETask(nn.Module):
     def forward(self, batch: ImageBatch, step: int) -> dict[str, torch.Tensor]:
         warmup = round(self.settings.beta_warmup * self.steps)
         beta = linear(step, warmup, 0.1 * self.settings.beta, self.settings.beta)
-        context = self.encoder(batch.parents)
+        context = self.encoder(batch.attributes)
         noise = self.network.split_noise(batch.noise)
         _, divergences, likelihood = self.network.infer(batch.x, context, noise)
         nll = gaussian_nll(batch.x, likelihood).mean()
@@ -261,7 +200,15 @@ class HVAEGenerator:
         )
         s = self.settings
         network = copy.deepcopy(self.network).requires_grad_(True)
-        data = ImageData(table, rows, parents, network.noise_size, s.train, weights)
+        data = ImageData(
+            table,
+            rows,
+            parents,
+            s.train,
+            noise_size=network.noise_size,
+            weights=weights,
+            section="generator.train",
+        )
         task = HVAETask(network, self.encoder, self.network, s, len(data))
         finished = fit(task, data, s.train, run, "generator")
         self.to(torch.device("cpu"))

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 
+from cfssl.data.pixels import to_signed, to_stored
 from cfssl.data.table import Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
-from cfssl.generators.base import Exogenous, to_signed, to_stored
+from cfssl.generators.base import Exogenous
 from cfssl.generators.settings import GraphSettings
 from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.mechanisms import Randomness

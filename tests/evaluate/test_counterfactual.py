@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cfssl.data.phantoms import chest
+from cfssl.data.pixels import to_signed
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.run import Run
@@ -18,7 +19,7 @@ from cfssl.evaluate.counterfactual import (
     grey_levels,
     reversibility,
 )
-from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate, to_signed
+from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate
 from cfssl.generators.oracle import OracleGenerator, OracleSettings
 from cfssl.scm.graph import CausalGraph
 from cfssl.scm.mechanisms import CausalModelSettings

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from cfssl.data.pixels import to_signed, to_stored
 from cfssl.data.table import Attribute
 from cfssl.errors import UserError
-from cfssl.generators.base import counterfactual, intervention, propagate, to_signed, to_stored
+from cfssl.generators.base import counterfactual, intervention, propagate
 from cfssl.scm.graph import CausalGraph
 from cfssl.scm.mechanisms import CausalModelSettings, create_mechanism
 from cfssl.scm.model import StructuralCausalModel

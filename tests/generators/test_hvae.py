@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from torch.distributions import Normal, kl_divergence
 
 from cfssl.data import order
+from cfssl.data.batches import ImageData, read_batch
 from cfssl.data.phantoms import chest
+from cfssl.data.pixels import to_signed
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.checkpoint import save_checkpoint
@@ -18,7 +20,6 @@ from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
 from cfssl.evaluate.counterfactual import composition, reversibility
 from cfssl.generators import hvae
-from cfssl.generators.base import to_signed
 from cfssl.generators.hvae import (
     S_HVAE_32,
     S_HVAE_64,
@@ -26,8 +27,6 @@ from cfssl.generators.hvae import (
     HVAESettings,
     HVAETask,
     HVAETrainSettings,
-    ImageBatch,
-    ImageData,
     half_uniform_weights,
 )
 from cfssl.generators.hvae_network import (
@@ -467,7 +466,8 @@ def test_beta_rises_from_a_tenth_to_its_value_over_the_warmup(table: ImageTable)
     task = HVAETask(generator._network(), generator.encoder, generator.network, generator.settings, steps=100)
     rows = table.rows("train")[:8]
     noise = torch.randn(8, generator.network.noise_size)
-    batch = ImageBatch(to_signed(table.images.read(rows)), table.encode(PARENTS, rows), noise)
+    batch = read_batch(table, rows, table.encode(PARENTS, rows), [])
+    batch.noise = noise
     betas = []
     with torch.no_grad():
         for step in (0, 10, 20, 99):
@@ -510,7 +510,8 @@ def test_half_uniform_sampling_has_the_published_shares() -> None:
 def image_data(table: ImageTable, weights: np.ndarray | None = None) -> ImageData:
     rows = table.rows("train")
     parents = table.encode(PARENTS, rows)
-    return ImageData(table, rows, parents, 10, HVAETrainSettings(batch=32, epochs=3), weights)
+    train = HVAETrainSettings(batch=32, epochs=3)
+    return ImageData(table, rows, parents, train, noise_size=10, weights=weights)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from cfssl.data.phantoms import chest
+from cfssl.data.pixels import to_signed
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
 from cfssl.generators import oracle as room
-from cfssl.generators.base import counterfactual, intervention, to_signed
+from cfssl.generators.base import counterfactual, intervention
 from cfssl.generators.oracle import OracleGenerator, OracleSettings
 from cfssl.seeds import torch_generator
 
