@@ -32,6 +32,17 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Where two nested JSON values differ, one phrase each: `settings.beta is 5.0, expected 1.0`."""
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return [] if found == wanted else [f"{path} is {found}, expected {wanted}"]
+    return [
+        phrase
+        for name in {**found, **wanted}
+        for phrase in differences(found.get(name), wanted.get(name), f"{path}.{name}" if path else name)
+    ]
+
+
 @functools.cache
 def code_version(*rooms: str) -> str:
     """Fingerprint of the code in `rooms` (folders or files under cfssl/). Comments, layout and docstrings do

@@ -19,6 +19,7 @@ FLOORS = [
     {"stages"},
     {"data", "models", "engine"},
     {"scm", "objectives"},
+    {"measure"},
     {"generators"},
     {"bank"},
     {"evaluate"},

@@ -1,0 +1,7 @@
+"""Frozen networks that say what an image shows. Each serves as guide of counterfactual fine-tuning or as
+judge of an audit, never as both: their fingerprints tell them apart, and `part` trains them on disjoint
+halves of the training rows."""
+
+from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
+
+__all__ = ["AttributePredictor", "PredictorSettings", "PredictorTrainSettings"]
