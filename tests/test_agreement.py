@@ -97,7 +97,8 @@ def test_a_generator_that_cannot_work_is_refused(
 
     def asked(own: dict[str, Any], do: dict[str, Any]) -> Recipe:
         content = recipe().model_dump(mode="json")
-        hvae = {"name": "hvae", "parents": ["grade"], "widths": [4, 4, 4, 4], "latents": [1, 1, 1], **own}
+        network = {"name": "small", "widths": [4, 4, 4, 4], "latents": [1, 1, 1]}
+        hvae = {"name": "hvae", "parents": ["grade"], "network": network, **own}
         return parse_recipe(content | {"generator": hvae, "bank": {"do": do}}, "toy")
 
     check_against_table(asked({"train": {"batch": 30}}, {"grade": "all"}), table)

@@ -75,8 +75,11 @@ OTHERS: dict[str, Any] = {
     "generator.graph": {"disease": ["sex"]},
     "generator.attributes.mechanisms": {"age": "spline"},
     "generator.attributes.hidden": [8],
-    "generator.widths": [8, 8, 8, 8],
-    "generator.latents": [2, 2, 2],
+    "generator.network.widths": [8, 8, 8, 8],
+    "generator.network.latents": [2, 2, 2],
+    "generator.likelihood": "discretised",
+    "generator.prior": "mediator",
+    "generator.conditioning_dropout": ["scanner"],
     "generator.sigma": "shared",
     "generator.balance": None,
     "bank.do": {"scanner": ["A", "B"]},
@@ -99,9 +102,11 @@ OTHERS: dict[str, Any] = {
 ALONG = {  # what has to change with it
     "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}},
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
+    "generator.mediator_weight": {"generator.prior": "mediator"},
+    "generator.conditioning_dropout": {"generator.prior": "mediator"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}},
 }
-CHOICES = {f"{section}.name" for section in ("data", "generator", "objective")}  # of the section's class
+CHOICES = {f"{section}.name" for section in ("data", "generator", "generator.network", "objective")}  # of the section's class
 TOGETHER = {"generator", "bank.do", "views.counterfactual"}  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}

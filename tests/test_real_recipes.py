@@ -11,7 +11,10 @@ from cfssl.summary import report_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = ["train.epochs=1", "hardware.accelerator=cpu"]
-SHORT_GENERATOR = ["generator.train.epochs=1", "generator.widths=[8,8,8,8]", "generator.blocks=1"]
+SHORT_GENERATOR = [
+    "generator.train.epochs=1",
+    "generator.network={name: small, widths: [8, 8, 8, 8], blocks: 1}",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,130 +1,51 @@
-"""The HVAE generator: a deep structural causal model with a small hierarchical VAE as image mechanism
-(S-HVAE-32, S-HVAE-64).
+"""The HVAE generator: a deep structural causal model with a hierarchical VAE as image mechanism.
 
-Source: De Sousa Ribeiro et al. 2023 (exogenous-prior reading). Enters: a table of images with attributes.
-Leaves: a generator that abducts z = E q(z | x, pa) and u = (x - mu(z, pa)) / sigma(z, pa), and predicts
+Source: De Sousa Ribeiro et al. 2023. Enters: a table of images with attributes. Leaves: a generator that
+abducts z = E q(z | x, pa) and u = (x - mu(z, pa)) / sigma(z, pa), and predicts
 
-    x* = clip(mu(z, pa*) + sigma(z, pa*) u, -1, 1)        (direct effect only)
+    x* = clip(mu(z*, pa*) + sigma(z*, pa*) u, -1, 1)
 
-With a fixed or shared sigma this is x + mu* - mu: what the network cannot reconstruct is carried over
-unchanged. With a sigma per pixel the carried-over residual is rescaled, so noise and grain follow the
+Two readings of the latents. Exogenous prior: z is noise, z* = z, and the parents act on the image directly.
+Latent mediator: the parents also act through z, whose own noise U_z = (z - mu_q) / sigma_q (zero at the
+posterior mean) gives z* by `HVAE.mediate`; `effects` tells the two ways apart. There, with mediator_weight a
+< 1, a null intervention is not the identity: z* moves from the posterior towards the prior.
+
+With a fixed or shared sigma and z* = z this is x + mu* - mu: what the network cannot reconstruct is carried
+over unchanged. With a sigma per pixel the carried-over residual is rescaled, so noise and grain follow the
 scanner.
 
 Deviations from the published code, on purpose: the update is skipped relative to a running median of gradient
 norms and the run fails after 20 skips (a fixed threshold can skip for ever); training order is shuffled; beta
-weighs a KL averaged over the same C*H*W as the likelihood.
+weighs a KL averaged over the same C*H*W as the likelihood. Others stand where they are made: hvae_network.py,
+hvae_likelihood.py, hvae_deep.py, hvae_training.py.
 """
 
 import copy
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
-from torch import nn
+from pydantic import TypeAdapter
 
-from cfssl.data.batches import ImageBatch, ImageData
+from cfssl.data.batches import ImageData
 from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
-from cfssl.engine.loop import TrainSettings, fit
+from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
-from cfssl.engine.schedules import linear
 from cfssl.errors import UserError
 from cfssl.generators.base import Exogenous, propagate
-from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_X, gaussian_nll
-from cfssl.generators.settings import GraphSettings
-from cfssl.provenance import code_version, fingerprint
+from cfssl.generators.hvae_likelihood import Gaussian, Likelihood
+from cfssl.generators.hvae_network import HVAE, Inference
+from cfssl.generators.hvae_settings import HVAESettings
+from cfssl.generators.hvae_training import HVAETask, drawing_weights
+from cfssl.provenance import code_version, differences, fingerprint
 from cfssl.scm.graph import CausalGraph
-from cfssl.scm.mechanisms import CausalModelSettings, Randomness
+from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, torch_generator
-from cfssl.settings import STRICT, AboveOne, BelowOne, Count, Positive, Probability
-
-# Widths at 32, 16, 8 and 4 pixels of the published small models, both of about .4 M parameters: S-HVAE-32 for
-# images of 32 pixels, S-HVAE-64 (a pixel-unshuffle in front) for larger ones.
-S_HVAE_32 = (12, 24, 32, 48)
-S_HVAE_64 = (16, 24, 32, 48)
-
-Width = Annotated[int, Field(ge=4, multiple_of=4)]  # four groups are normalised
-# What the network's clamp of log sigma allows; a sigma beyond it would silently be another one.
-Sigma = Annotated[float, Field(ge=math.exp(LOG_SIGMA_X[0]), le=math.exp(LOG_SIGMA_X[1]))]
-
-
-@dataclass(frozen=True, config=STRICT)
-class HVAETrainSettings(TrainSettings):
-    """The defaults of the published image mechanism, with the skip rule relative to the running median."""
-
-    lr: Positive = 1e-3
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.9)
-    warmup: Probability = 0.02
-    clip: Positive | None = 100.0
-    skip_factor: AboveOne | None = 20.0
-    epochs: Count = 20
-    batch: Count = 32
-
-
-@dataclass(frozen=True, config=STRICT)
-class HVAESettings(GraphSettings):
-    """`beta` weighs the KL (more: less of the parents stays in z; too much: blur), ramped up from a tenth
-    over the first `beta_warmup` share of the steps. `balance`: a categorical or binary variable of the graph
-    whose rare values are drawn more often (half uniform, half empirical). `ema`: decay of the averaged
-    weights that are used for inference. `sigma`: see hvae_network.HVAE. `widths`: see S_HVAE_32, S_HVAE_64.
-    `attributes`: how the mechanisms of the attributes are built and fitted.
-    """
-
-    name: Literal["hvae"] = "hvae"
-    attributes: CausalModelSettings = Field(default_factory=CausalModelSettings)
-    widths: tuple[Width, Width, Width, Width] = S_HVAE_64
-    latents: tuple[Count, Count, Count] = (16, 8, 4)
-    blocks: Count = 2
-    sigma: Literal["pixel", "shared", "fixed"] = "pixel"
-    fixed_sigma: Sigma = 0.1
-    beta: Positive = 5.0
-    beta_warmup: Probability = 0.1
-    balance: str | None = None
-    ema: Probability = 0.99
-    train: HVAETrainSettings = Field(default_factory=HVAETrainSettings)
-
-
-class HVAETask(nn.Module):
-    """Minimises F = mean-pixel NLL + beta KL / (C H W) in nats per pixel, and keeps averaged weights."""
-
-    def __init__(
-        self, network: HVAE, encoder: ParentEncoder, averaged: HVAE, settings: HVAESettings, steps: int
-    ) -> None:
-        super().__init__()
-        self.network, self.encoder, self.averaged = network, encoder, averaged.requires_grad_(False)
-        self.settings, self.steps = settings, steps
-
-    def train(self, mode: bool = True) -> Self:
-        """The averaged network is not trained and stays in eval mode."""
-        super().train(mode)
-        self.averaged.eval()
-        return self
-
-    def forward(self, batch: ImageBatch, step: int) -> dict[str, torch.Tensor]:
-        warmup = round(self.settings.beta_warmup * self.steps)
-        beta = linear(step, warmup, 0.1 * self.settings.beta, self.settings.beta)
-        context = self.encoder(batch.attributes)
-        noise = self.network.split_noise(batch.noise)
-        _, divergences, likelihood = self.network.infer(batch.x, context, noise)
-        nll = gaussian_nll(batch.x, likelihood).mean()
-        kl = torch.stack(divergences).sum(0).mean() / batch.x[0].numel()
-        return {"loss": nll + beta * kl, "nll": nll, "kl": kl}
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Averages the weights; the decay ramps up so that the start is forgotten quickly."""
-        decay = min(self.settings.ema, 1 - 1 / (step + 1))
-        pairs = zip(self.averaged.parameters(), self.network.parameters(), strict=True)
-        for averaged, current in pairs:
-            averaged.lerp_(current, 1 - decay)
 
 
 class HVAEGenerator:
@@ -134,14 +55,12 @@ class HVAEGenerator:
     def __init__(
         self, settings: HVAESettings, attributes: Mapping[str, Attribute], shape: tuple[int, ...]
     ) -> None:
-        """Raises `UserError` when the images are not square with a side of 32, 64, 128 ... or a parent is
-        unknown."""
+        """Raises `UserError` when the images are not square, are not of a size that the network takes, or a
+        parent is unknown."""
         _, height, width = shape
-        if height != width or height % 32 or height // 32 not in (1, 2, 4, 8):
+        if height != width:
             raise UserError(
-                "The HVAE generator takes square images of 32, 64, 128 or 256 pixels, and these are "
-                f"{height}x{width}; "
-                "set data.size to one of them."
+                f"The HVAE generator takes square images, and these are {height}x{width}; set data.size."
             )
         self.settings, self.shape = settings, shape
         self.graph: CausalGraph = settings.causal_graph(attributes)
@@ -164,10 +83,14 @@ class HVAEGenerator:
 
     def _network(self) -> HVAE:
         s = self.settings
-        channels, height = self.shape[:2]
-        return HVAE(
-            channels, self.encoder.width, height // 32, s.widths, s.latents, s.blocks, s.sigma, s.fixed_sigma
+        channels, side = self.shape[:2]
+        return s.network.build(
+            channels, side, self.encoder.width, s.sigma, s.fixed_sigma, mediator=s.prior == "mediator"
         )
+
+    def context(self, pa: Attributes) -> torch.Tensor:
+        """The parents (B,) each as the network reads them, (B, width)."""
+        return self.encoder(pa)
 
     @property
     def fingerprint(self) -> str:
@@ -188,16 +111,16 @@ class HVAEGenerator:
                 f"No training row of {table.name} has all of {list(self.graph.variables)} present; the "
                 "generator needs some."
             )
+        if self.settings.likelihood == "discretised" and table.images.dtype != "uint8":
+            raise UserError(
+                f"generator.likelihood is discretised, which is for 8-bit images, and {table.name} holds "
+                f"{table.images.dtype}; set it to gaussian."
+            )
         values = table.encode(self.graph.variables, rows)
         seed = self.settings.train.seed
         self.scm.fit(values, torch_generator(seed, "scm"))
         self.encoder.fit(values)
         parents = {name: values[name] for name in self.graph.image_parents}
-        weights = (
-            None
-            if self.settings.balance is None
-            else half_uniform_weights(values[self.settings.balance].numpy())
-        )
         s = self.settings
         network = copy.deepcopy(self.network).requires_grad_(True)
         data = ImageData(
@@ -206,7 +129,7 @@ class HVAEGenerator:
             parents,
             s.train,
             noise_size=network.noise_size,
-            weights=weights,
+            weights=drawing_weights(s, values),
             section="generator.train",
         )
         task = HVAETask(network, self.encoder, self.network, s, len(data))
@@ -214,15 +137,17 @@ class HVAEGenerator:
         self.to(torch.device("cpu"))
         if finished:
             self.network.requires_grad_(False).eval()
-            self._seal()
+            self.seal()
 
     @torch.no_grad()
-    def abduct(self, x: torch.Tensor, pa: Attributes) -> Exogenous:
-        """x (B, C, H, W) float32 in [-1, 1] -> {"z0".. posterior means coarse to fine, "u": standardised
-        residual}."""
-        latents, _, likelihood = self.network.infer(x, self.encoder(pa))
-        residual = (x - likelihood.mean) / likelihood.sigma
-        return {**{f"z{level}": z for level, z in enumerate(latents)}, "u": residual}
+    def abduct(self, x: torch.Tensor, pa: Attributes, noise: torch.Tensor | None = None) -> Exogenous:
+        """x (B, C, H, W) float32 in [-1, 1] -> {"z0".. coarse to fine, "u": standardised residual}.
+
+        z is the posterior mean, or mu_q + sigma_q U_z with `noise` U_z (B, network.noise_size), standard
+        normal times a temperature. A mediator adds "mean0".. and "log_sigma0".. of the posterior, and
+        "noise0".. U_z.
+        """
+        return self._exogenous(x, self._infer(x, pa, noise), noise)
 
     def act(
         self, u: Exogenous, pa: Attributes, do: Mapping[str, torch.Tensor], rng: Randomness
@@ -235,18 +160,53 @@ class HVAEGenerator:
         """The image of `u` under the parents `pa_cf`. `residual` is t_u, the share of the pixel residual put
         back: 1 makes a null intervention return the image exactly, 0 shows what the network alone
         reconstructs."""
-        latents = [u[f"z{level}"] for level in range(len(self.network.levels))]
-        likelihood = self.network.decode(latents, self.encoder(pa_cf))
-        return (likelihood.mean + residual * likelihood.sigma * u["u"]).clamp(-1, 1)
+        context = self.context(pa_cf)
+        return self._image(u, self.network.decode(self._latents(u, context), context), residual)
+
+    @torch.no_grad()
+    def effects(self, x: torch.Tensor, pa: Attributes, pa_cf: Attributes) -> dict[str, torch.Tensor]:
+        """What the change of parents does to the images, (B, C, H, W) each: with g(pa, z) the image of the
+        abducted residual,
+
+            direct = g(pa~, z) - g(pa, z),   indirect = g(pa, z~) - g(pa, z),   total = g(pa~, z~) - g(pa, z).
+
+        total = direct + indirect holds where the two ways do not interact in g: exactly with an exogenous
+        prior or mediator_weight 1 (z~ = z, so indirect is zero), else only as far as g is additive and
+        nothing is clipped.
+        """
+        u = self.abduct(x, pa)
+        context, context_cf = self.context(pa), self.context(pa_cf)
+        factual = [u[f"z{level}"] for level in range(len(self.network.latent_shapes))]
+        moved = self._latents(u, context_cf)
+
+        def g(parents: torch.Tensor, latents: Sequence[torch.Tensor]) -> torch.Tensor:
+            return self._image(u, self.network.decode(latents, parents))
+
+        start = g(context, factual)
+        ends = {
+            "direct": g(context_cf, factual),
+            "indirect": g(context, moved),
+            "total": g(context_cf, moved),
+        }
+        return {name: end - start for name, end in ends.items()}
+
+    def counterfactual_latents(
+        self, network: HVAE, inference: Inference, noise: Sequence[torch.Tensor], context_cf: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """z* of what `network` inferred with `noise` U_z: z itself, or the mediator under `context_cf`."""
+        if not network.mediator:
+            return inference.latents
+        return network.mediate(inference.posterior, noise, context_cf, self.settings.mediator_weight)
 
     @torch.no_grad()
     def sample(self, pa: Attributes, rng: torch.Generator) -> torch.Tensor:
-        """New images of the given parents: z ~ p(z), then the mean."""
+        """New images of the given parents: z ~ p(z), or p(z | pa) of a mediator, then the mean."""
         count = len(next(iter(pa.values())))
         noise = torch.randn(count, self.network.noise_size, generator=rng, device=rng.device)
         noise = noise.to(self.network.start.device)
-        latents = self.network.sample_latents(self.network.split_noise(noise))
-        return self.network.decode(latents, self.encoder(pa)).mean.clamp(-1, 1)
+        context = self.context(pa)
+        latents = self.network.sample_latents(self.network.split_noise(noise), context)
+        return self.network.decode(latents, context).mean.clamp(-1, 1)
 
     def save(self, path: Path) -> None:
         """One safetensors file with settings, graph, attributes and weights. Raises `UserError` before `fit`
@@ -277,18 +237,45 @@ class HVAEGenerator:
                 f"{path} was written by another version of cfssl ({str(error).splitlines()[0]}); fit it "
                 "again."
             ) from None
-        self._seal()
+        self.seal()
 
     def to(self, device: torch.device) -> None:
         """Moves the image side to `device`; the attribute side stays on the CPU."""
         self.network.to(device)
         self.encoder.to(device)
 
+    def _infer(self, x: torch.Tensor, pa: Attributes, noise: torch.Tensor | None) -> Inference:
+        split = None if noise is None else self.network.split_noise(noise)
+        return self.network.infer(x, self.context(pa), split)
+
+    def _exogenous(self, x: torch.Tensor, found: Inference, noise: torch.Tensor | None) -> Exogenous:
+        u = {f"z{level}": z for level, z in enumerate(found.latents)}
+        if self.network.mediator:
+            absent = torch.zeros(len(x), self.network.noise_size, device=x.device)
+            parts = self.network.split_noise(absent if noise is None else noise)
+            for level, (q, part) in enumerate(zip(found.posterior, parts, strict=True)):
+                u |= {f"mean{level}": q.mean, f"log_sigma{level}": q.log_sigma, f"noise{level}": part}
+        return u | {"u": (x - found.likelihood.mean) / found.likelihood.sigma}
+
+    def _latents(self, u: Exogenous, context_cf: torch.Tensor) -> list[torch.Tensor]:
+        """z* of what was abducted."""
+        levels = range(len(self.network.latent_shapes))
+        if not self.network.mediator:
+            return [u[f"z{level}"] for level in levels]
+        posterior = [Gaussian(u[f"mean{level}"], u[f"log_sigma{level}"]) for level in levels]
+        noise = [u[f"noise{level}"] for level in levels]
+        return self.network.mediate(posterior, noise, context_cf, self.settings.mediator_weight)
+
+    @staticmethod
+    def _image(u: Exogenous, likelihood: Likelihood, residual: float = 1.0) -> torch.Tensor:
+        return (likelihood.mean + residual * likelihood.sigma * u["u"]).clamp(-1, 1)
+
     def _state(self) -> dict[str, Any]:
         parts = {"network": self.network, "encoder": self.encoder, "scm": self.scm}
         return {name: part.state_dict() for name, part in parts.items()}
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
+        """Takes the weights as they are for final; from now on there is a fingerprint."""
         digest = hashlib.blake2b(digest_size=16)
         for part in self._state().values():
             for name, tensor in part.items():
@@ -297,31 +284,9 @@ class HVAEGenerator:
         self._state_fingerprint = digest.hexdigest()
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Where two nested JSON values differ, one phrase each: `settings.beta is 5.0, expected 1.0`."""
-    if not isinstance(found, dict) or not isinstance(wanted, dict):
-        return [] if found == wanted else [f"{path} is {found}, expected {wanted}"]
-    return [
-        phrase
-        for name in {**found, **wanted}
-        for phrase in differences(found.get(name), wanted.get(name), f"{path}.{name}" if path else name)
-    ]
-
-
 def _kind(attribute: Attribute) -> list[Any]:
     """What decides how an attribute is encoded."""
     return [attribute.kind, *attribute.categories]
-
-
-def half_uniform_weights(codes: np.ndarray) -> np.ndarray:
-    """Drawing probabilities (N,) under which each value has the mean of its share and 1/D (the published
-    sampler's rule)."""
-    values, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    share = counts / len(codes)
-    target = 0.5 / len(values) + 0.5 * share
-    weights = (target / counts)[inverse]
-    assert math.isclose(weights.sum(), 1.0, rel_tol=1e-9)
-    return weights
 
 
 def _refuse_no_balance(name: str, graph: CausalGraph, attributes: Mapping[str, Attribute]) -> None:

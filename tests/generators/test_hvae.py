@@ -20,28 +20,17 @@ from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
 from cfssl.evaluate.counterfactual import composition, reversibility
 from cfssl.generators import hvae
-from cfssl.generators.hvae import (
-    S_HVAE_32,
-    S_HVAE_64,
-    HVAEGenerator,
-    HVAESettings,
-    HVAETask,
-    HVAETrainSettings,
-    half_uniform_weights,
-)
-from cfssl.generators.hvae_network import (
-    HVAE,
-    LOG_SIGMA_X,
-    LOG_SIGMA_Z,
-    Likelihood,
-    gaussian_kl,
-    gaussian_nll,
-)
+from cfssl.generators.hvae import HVAEGenerator
+from cfssl.generators.hvae_likelihood import LOG_SIGMA_X, Gaussian, Likelihood, SigmaKind, gaussian_nll
+from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z, gaussian_kl
+from cfssl.generators.hvae_settings import HVAESettings, HVAETrainSettings
+from cfssl.generators.hvae_small import S_HVAE_32, S_HVAE_64, SmallNetworkSettings
+from cfssl.generators.hvae_training import HVAETask, half_uniform_weights
 from cfssl.seeds import numpy_generator, torch_generator
 
 PARENTS = ("scanner", "sex")
 CPU = HardwareSettings(accelerator="cpu")
-TINY = {"widths": (8, 8, 8, 8), "latents": (2, 2, 2), "blocks": 1}
+TINY = SmallNetworkSettings(widths=(8, 8, 8, 8), latents=(2, 2, 2), blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +45,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
 
 def settings(**options: object) -> HVAESettings:
     train = HVAETrainSettings(epochs=2, batch=32)
-    return HVAESettings(**{"parents": PARENTS, "train": train, **TINY, **options})  # type: ignore[arg-type]
+    return HVAESettings(**{"parents": PARENTS, "train": train, "network": TINY, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +55,11 @@ def fitted(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> HVAEG
     return generator
 
 
-def network(sigma: str = "pixel", unshuffle: int = 2, channels: int = 1, fixed_sigma: float = 0.1) -> HVAE:
+def network(
+    sigma: SigmaKind = "pixel", unshuffle: int = 2, channels: int = 1, fixed_sigma: float = 0.1
+) -> HVAE:
     torch.manual_seed(0)
-    net = HVAE(channels, 5, unshuffle, (8, 8, 8, 8), (2, 2, 2), 1, sigma, fixed_sigma)
+    net = TINY.build(channels, 32 * unshuffle, 5, sigma, fixed_sigma, mediator=False)
     with torch.no_grad():  # away from the zero-initialised start, so that every path carries something
         for parameter in net.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -85,10 +76,12 @@ def test_the_prior_does_not_see_the_parents() -> None:
     path = net.path_start.expand(3, -1, -1, -1)
     h = net.start.expand(3, -1, -1, -1)
     total = torch.zeros(())
-    for index, (level, z) in enumerate(zip(net.levels, latents, strict=True)):
-        mean, log_sigma, feature = level.read_prior(path)
-        total = total + mean.square().sum() + log_sigma.sum()
-        h, path = net._advance(index, h, path, feature, z, context)
+    for level, z in zip(net.levels, latents, strict=True):
+        path, h = level.enter_path(path), level.enter(h)
+        prior, feature = level.read_prior(path, None)
+        total = total + prior.mean.square().sum() + prior.log_sigma.sum()
+        h = level.advance(h, feature, z, context)
+        path = feature if level is net.levels[-1] else level.advance_path(feature, z)
     assert torch.autograd.grad(total, context, allow_unused=True, retain_graph=True)[0] is None
     # the check can fail: the decoder state does depend on them
     assert torch.autograd.grad(h.sum(), context)[0].abs().sum() > 0
@@ -99,9 +92,10 @@ def record_priors(net: HVAE, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tens
     found: list[torch.Tensor] = []
     for level in net.levels:
 
-        def read(path: torch.Tensor, read=level.read_prior) -> tuple[torch.Tensor, ...]:
-            found.extend(read(path)[:2])
-            return read(path)
+        def read(path: torch.Tensor, context: None, read=level.read_prior) -> tuple[Gaussian, torch.Tensor]:
+            prior, feature = read(path, context)
+            found.extend([prior.mean, prior.log_sigma])
+            return prior, feature
 
         monkeypatch.setattr(level, "read_prior", read)
     return found
@@ -116,16 +110,17 @@ def test_inference_lets_neither_the_parents_nor_the_image_reach_the_prior_but_th
     held = [torch.randn(2, *shape) for shape in net.latent_shapes]
     for level, z in zip(net.levels, held, strict=True):
         monkeypatch.setattr(
-            level, "read_posterior", lambda h, encoded, context, z=z: (z, torch.zeros_like(z))
+            level, "read_posterior", lambda h, encoded, context, z=z: Gaussian(z, torch.zeros_like(z))
         )
     found = record_priors(net, monkeypatch)
     x, context = torch.rand(2, 2, 1, 64, 64) * 2 - 1, torch.randn(2, 2, 5)
-    first, _, likelihood = net.infer(x[0], context[0])
-    second, _, other = net.infer(x[1], context[1])
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    first, second = net.infer(x[0], context[0]), net.infer(x[1], context[1])
+    assert all(torch.equal(*pair) for pair in zip(first.latents, second.latents, strict=True))
     assert len(found) == 12
     assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
-    assert not torch.equal(likelihood.mean, other.mean)  # while the image follows the parents
+    assert not torch.equal(
+        first.likelihood.mean, second.likelihood.mean
+    )  # while the image follows the parents
 
 
 @torch.no_grad()
@@ -138,7 +133,7 @@ def test_latents_are_sampled_from_the_prior_that_inference_compares_with(
     found = record_priors(net, monkeypatch)
     for level, z in zip(net.levels, sampled, strict=True):
         monkeypatch.setattr(
-            level, "read_posterior", lambda h, encoded, context, z=z: (z, torch.zeros_like(z))
+            level, "read_posterior", lambda h, encoded, context, z=z: Gaussian(z, torch.zeros_like(z))
         )
     net.infer(torch.zeros(2, 1, 64, 64), torch.randn(2, 5))
     for level, z in enumerate(sampled):
@@ -151,11 +146,13 @@ def test_inference_and_decoding_give_one_likelihood_for_the_same_latents(sigma: 
     net = network(sigma)
     x, context = torch.rand(2, 1, 64, 64) * 2 - 1, torch.randn(2, 5)
     noise = net.split_noise(torch.randn(2, net.noise_size))
-    latents, divergences, inferred = net.infer(x, context, noise)
-    decoded = net.decode(latents, context)
+    found = net.infer(x, context, noise)
+    inferred, decoded = found.likelihood, net.decode(found.latents, context)
     torch.testing.assert_close(decoded.mean, inferred.mean)
     torch.testing.assert_close(decoded.log_sigma, inferred.log_sigma)
-    assert all((kl >= -1e-4).all() for kl in divergences)
+    assert all((kl >= -1e-4).all() for kl in found.divergences)
+    for kl, z, q in zip(found.divergences, found.latents, found.posterior, strict=True):
+        assert kl.shape == z.shape == q.mean.shape
     assert inferred.mean.shape == x.shape
 
 
@@ -163,37 +160,38 @@ def test_inference_and_decoding_give_one_likelihood_for_the_same_latents(sigma: 
 def test_sizes_are_constructible_and_keep_the_shape(unshuffle: int, side: int, channels: int) -> None:
     net = network(unshuffle=unshuffle, channels=channels)
     x = torch.rand(1, channels, side, side)
-    assert net.infer(x, torch.zeros(1, 5))[2].mean.shape == x.shape
-    assert [z.shape[2:] for z in net.infer(x, torch.zeros(1, 5))[0]] == [(4, 4), (8, 8), (16, 16)]
+    found = net.infer(x, torch.zeros(1, 5))
+    assert found.likelihood.mean.shape == x.shape
+    assert [z.shape[2:] for z in found.latents] == [(4, 4), (8, 8), (16, 16)]
 
 
-@pytest.mark.parametrize(("widths", "side", "count"), [(S_HVAE_32, 32, 395_840), (S_HVAE_64, 64, 405_944)])
+@pytest.mark.parametrize(("widths", "side", "count"), [(S_HVAE_32, 32, 395_144), (S_HVAE_64, 64, 405_248)])
 def test_the_published_small_sizes_have_their_parameters(
     widths: tuple[int, int, int, int], side: int, count: int
 ) -> None:
     """About .35 M in the source, whose prior had no path of its own."""
     attributes = {name: chest.ATTRIBUTES[name] for name in PARENTS}
-    generator = HVAEGenerator(HVAESettings(parents=PARENTS, widths=widths), attributes, (1, side, side))
+    small = HVAESettings(parents=PARENTS, network=SmallNetworkSettings(widths=widths))
+    generator = HVAEGenerator(small, attributes, (1, side, side))
     assert sum(parameter.numel() for parameter in generator.network.parameters()) == count
     x, pa = torch.zeros(1, 1, side, side), {name: torch.zeros(1, dtype=torch.long) for name in PARENTS}
     assert generator.predict(generator.abduct(x, pa), pa).shape == x.shape
-    assert HVAESettings(parents=PARENTS).widths == S_HVAE_64
+    assert HVAESettings(parents=PARENTS).network == SmallNetworkSettings(widths=S_HVAE_64)
 
 
-@pytest.mark.parametrize("level", [-4.0, 1.0])
-def test_every_fixed_sigma_that_the_settings_allow_is_the_one_used(level: float) -> None:
-    """The network clamps log sigma, so beyond the clamp another sigma than the given one would be used."""
-    edge = float(np.exp(level))
+@pytest.mark.parametrize("edge", [1e-3, float(np.e)])
+def test_every_fixed_sigma_that_the_settings_allow_is_the_one_used(edge: float) -> None:
+    """Also one finer than the clamp of a learned sigma: it cannot collapse."""
     net = network("fixed", fixed_sigma=HVAESettings(parents=PARENTS, fixed_sigma=edge).fixed_sigma)
-    likelihood = net.infer(torch.zeros(1, 1, 64, 64), torch.zeros(1, 5))[2]
+    likelihood = net.infer(torch.zeros(1, 1, 64, 64), torch.zeros(1, 5)).likelihood
     assert float(likelihood.sigma) == pytest.approx(edge, rel=1e-5)
     with pytest.raises(ValidationError, match="fixed_sigma"):
-        HVAESettings(parents=PARENTS, fixed_sigma=edge * (0.99 if level < 0 else 1.01))
+        HVAESettings(parents=PARENTS, fixed_sigma=edge * (0.99 if edge < 1 else 1.01))
 
 
 def test_widths_that_cannot_be_normalised_in_four_groups_are_refused() -> None:
     with pytest.raises(ValidationError, match="multiple of 4"):
-        HVAESettings(parents=PARENTS, widths=(10, 24, 32, 48))
+        SmallNetworkSettings(widths=(10, 24, 32, 48))
 
 
 @torch.no_grad()
@@ -206,22 +204,22 @@ def test_log_sigmas_are_clamped(sigma: str, extreme: float, bound: int) -> None:
         level.posterior.bias += extreme
         path = net.path_start.expand(2, -1, -1, -1)
         if level is net.levels[0]:
-            assert (level.read_prior(path)[1] == LOG_SIGMA_Z[bound]).all()
+            assert (level.read_prior(path, None)[0].log_sigma == LOG_SIGMA_Z[bound]).all()
     if sigma == "shared":
-        net.log_sigma += extreme
+        net.output.head.log_sigma += extreme
     else:
-        net.output.bias += extreme
+        net.output.head.conv.bias += extreme
     noise = net.split_noise(torch.randn(2, net.noise_size))
-    _, divergences, likelihood = net.infer(torch.zeros(2, 1, 64, 64), torch.zeros(2, 5), noise)
-    assert (likelihood.log_sigma == LOG_SIGMA_X[bound]).all()
-    assert all(torch.isfinite(kl).all() for kl in divergences)
+    found = net.infer(torch.zeros(2, 1, 64, 64), torch.zeros(2, 5), noise)
+    assert (found.likelihood.log_sigma == LOG_SIGMA_X[bound]).all()
+    assert all(torch.isfinite(kl).all() for kl in found.divergences)
 
 
 def test_kl_and_nll_are_those_of_torch_distributions_in_float64() -> None:
     shape = (3, 2, 4, 4)
     mean_q, log_q, mean_p, log_p = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
     expected = kl_divergence(Normal(mean_q, log_q.exp()), Normal(mean_p, log_p.exp()))
-    torch.testing.assert_close(gaussian_kl(mean_q, log_q, mean_p, log_p), expected)
+    torch.testing.assert_close(gaussian_kl(Gaussian(mean_q, log_q), Gaussian(mean_p, log_p)), expected)
     x = torch.randn(shape, dtype=torch.float64)
     expected = -Normal(mean_q, log_q.exp()).log_prob(x).flatten(1).mean(1)
     torch.testing.assert_close(gaussian_nll(x, Likelihood(mean_q, log_q)), expected)
@@ -245,7 +243,7 @@ def test_null_intervention_returns_the_image_with_the_whole_residual(
 def by_hand(generator: HVAEGenerator, x: torch.Tensor, pa: Attributes, pa_cf: Attributes) -> torch.Tensor:
     """x* = clip(mu* + sigma* (x - mu) / sigma) in float64, from the network's word on z = E q(z | x, pa)."""
     network, encoder = generator.network, generator.encoder
-    latents = network.infer(x, encoder(pa))[0]
+    latents = network.infer(x, encoder(pa)).latents
     factual, counter = (network.decode(latents, encoder(parents)) for parents in (pa, pa_cf))
     u = (x.double() - factual.mean) / factual.log_sigma.double().exp()
     return (counter.mean + counter.log_sigma.double().exp() * u).clamp(-1, 1).float()
@@ -271,7 +269,7 @@ def test_the_counterfactual_is_the_new_mean_and_the_rescaled_residual(sigma: str
     pa_cf = {**pa, "scanner": (pa["scanner"] + 1) % 4}
     found = generator.predict(generator.abduct(x, pa), pa_cf)
     torch.testing.assert_close(found, by_hand(generator, x, pa, pa_cf), atol=1e-5, rtol=0)
-    latents = generator.network.infer(x, generator.encoder(pa))[0]
+    latents = generator.network.infer(x, generator.encoder(pa)).latents
     factual, counter = (generator.network.decode(latents, generator.encoder(p)) for p in (pa, pa_cf))
     if sigma == "pixel":  # the scale does follow the scanner
         assert (factual.sigma / counter.sigma - 1).abs().max() > 0.01
@@ -314,10 +312,10 @@ def scanners(*names: str) -> dict[str, Attribute]:
     ("options", "attributes", "shape", "named"),
     [
         (
-            {"widths": (16, 8, 8, 8)},
+            {"network": SmallNetworkSettings(widths=(16, 8, 8, 8), latents=(2, 2, 2), blocks=1)},
             None,
             None,
-            r"settings\.widths is \[8, 8, 8, 8\], expected \[16, 8, 8, 8\]",
+            r"settings\.network\.widths is \[8, 8, 8, 8\], expected \[16, 8, 8, 8\]",
         ),
         ({"beta": 1.0}, None, None, r"settings\.beta is 5\.0, expected 1\.0"),
         ({"fixed_sigma": 0.2}, None, None, r"settings\.fixed_sigma is 0\.1, expected 0\.2"),

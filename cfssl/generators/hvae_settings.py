@@ -1,0 +1,99 @@
+"""What a recipe says about the HVAE: its network, its likelihood, how its latents are read, its training."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from cfssl.engine.loop import TrainSettings
+from cfssl.generators.hvae_likelihood import LOG_SIGMA_X, SigmaKind
+from cfssl.generators.hvae_small import SmallNetworkSettings
+from cfssl.generators.settings import GraphSettings
+from cfssl.scm.mechanisms import CausalModelSettings
+from cfssl.settings import (
+    STRICT,
+    AboveOne,
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    UnitInterval,
+)
+
+# A fixed scale cannot collapse, so it may be finer than the clamp of a learned one.
+Sigma = Annotated[float, Field(ge=1e-3, le=math.exp(LOG_SIGMA_X[1]))]
+NetworkSettings = SmallNetworkSettings
+MEDIATOR_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, config=STRICT)
+class HVAETrainSettings(TrainSettings):
+    """The defaults of the published image mechanism, with the skip rule relative to the running median."""
+
+    lr: Positive = 1e-3
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.9)
+    warmup: Probability = 0.02
+    clip: Positive | None = 100.0
+    skip_factor: AboveOne | None = 20.0
+    epochs: Count = 20
+    batch: Count = 32
+
+
+@dataclass(frozen=True, config=STRICT)
+class HVAESettings(GraphSettings):
+    """`network`: small or published, see hvae_small.py and hvae_deep.py. `attributes`: how the mechanisms of
+    the attributes are built and fitted.
+
+    Image: `likelihood` "gaussian" or "discretised" (8-bit images), with one `sigma` per "pixel", one
+    "shared", or one "fixed" at `fixed_sigma`.
+
+    Latents: `prior` "exogenous" (z is noise that no parent reaches) or "mediator" (the parents act through z
+    too). Only of a mediator: `mediator_weight` a, the share of the posterior in the counterfactual mediator
+    (the published poster's pi is 1 - a), and `conditioning_dropout`, parents that are hidden from the prior
+    in a third of the steps and from the likelihood in another third.
+
+    Loss: `beta` weighs the KL (more: less of the parents stays in z; too much: blur), ramped up from a tenth
+    over the first `beta_warmup` share of the steps. `free_bits`: nats per level and channel that the KL may
+    cost without being lowered. `balance`: a categorical or binary variable of the graph whose rare values are
+    drawn more often (half uniform, half empirical). `ema`: decay of the averaged weights that are used for
+    inference.
+    """
+
+    name: Literal["hvae"] = "hvae"
+    attributes: CausalModelSettings = Field(default_factory=CausalModelSettings)
+    network: Annotated[NetworkSettings, Field(discriminator="name")] = Field(
+        default_factory=SmallNetworkSettings
+    )
+    likelihood: Literal["gaussian", "discretised"] = "gaussian"
+    sigma: SigmaKind = "pixel"
+    fixed_sigma: Sigma = 0.1
+    prior: Literal["exogenous", "mediator"] = "exogenous"
+    mediator_weight: UnitInterval = MEDIATOR_WEIGHT
+    conditioning_dropout: tuple[str, ...] = ()
+    beta: Positive = 5.0
+    beta_warmup: Probability = 0.1
+    free_bits: NonNegative = 0.0
+    balance: str | None = None
+    ema: Probability = 0.99
+    train: HVAETrainSettings = Field(default_factory=HVAETrainSettings)
+
+    @model_validator(mode="after")
+    def _refuse_what_cannot_act(self) -> Self:
+        if self.prior == "exogenous" and self.conditioning_dropout:
+            raise ValueError(
+                "conditioning_dropout hides parents from a mediator's prior, and an exogenous prior sees "
+                "none; set prior: mediator or leave it out"
+            )
+        if self.prior == "exogenous" and self.mediator_weight != MEDIATOR_WEIGHT:
+            raise ValueError(
+                "mediator_weight mixes posterior and prior of a mediator, and the prior is exogenous; set "
+                "prior: mediator or leave it out"
+            )
+        if unknown := sorted(set(self.conditioning_dropout) - set(self.parents)):
+            raise ValueError(
+                f"conditioning_dropout names {', '.join(unknown)}, expected some of parents "
+                f"({', '.join(self.parents)})"
+            )
+        return self
