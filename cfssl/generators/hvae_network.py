@@ -220,3 +220,8 @@ def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
     """KL(q || p) in nats, elementwise."""
     scaled = ((q.mean - p.mean) ** 2 + (2 * q.log_sigma).exp()) * (-2 * p.log_sigma).exp()
     return p.log_sigma - q.log_sigma + 0.5 * (scaled - 1)
+
+
+def with_context(h: Tensor, context: Tensor) -> Tensor:
+    """[h, pa]: the context (B, width) at every pixel, behind the channels of h."""
+    return torch.cat([h, context[:, :, None, None].expand(-1, -1, *h.shape[2:])], dim=1)

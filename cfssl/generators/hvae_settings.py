@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from cfssl.engine.loop import TrainSettings
+from cfssl.generators.hvae_deep import PublishedNetworkSettings
 from cfssl.generators.hvae_likelihood import LOG_SIGMA_X, SigmaKind
 from cfssl.generators.hvae_small import SmallNetworkSettings
 from cfssl.generators.settings import GraphSettings
@@ -24,7 +25,7 @@ from cfssl.settings import (
 
 # A fixed scale cannot collapse, so it may be finer than the clamp of a learned one.
 Sigma = Annotated[float, Field(ge=1e-3, le=math.exp(LOG_SIGMA_X[1]))]
-NetworkSettings = SmallNetworkSettings
+NetworkSettings = SmallNetworkSettings | PublishedNetworkSettings
 MEDIATOR_WEIGHT = 0.5
 
 

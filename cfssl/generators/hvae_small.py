@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cfssl.errors import UserError
 from cfssl.generators.hvae_likelihood import Gaussian, GaussianHead, Likelihood, SigmaKind
-from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z
+from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z, with_context
 from cfssl.settings import STRICT, Count
 
 # Widths at 32, 16, 8 and 4 pixels of the two sizes, both of about .4 M parameters: S-HVAE-32 for images of 32
@@ -177,8 +177,3 @@ class SmallOutput(nn.Module):
         for block in self.blocks:
             h = block(h, context)
         return self.head(with_context(h, context))
-
-
-def with_context(h: Tensor, context: Tensor) -> Tensor:
-    """[h, pa]: the context (B, width) at every pixel, behind the channels of h."""
-    return torch.cat([h, context[:, :, None, None].expand(-1, -1, *h.shape[2:])], dim=1)
