@@ -1,27 +1,21 @@
 """Figures per group with bootstrap intervals, and paired differences between two methods.
 
 What enters: classes y (n,), scores (n, classes) and labels (n,) that divide the same test rows into groups.
-What leaves: JSON-ready tables with intervals of 95 %. Those of one method are percentile intervals (Efron and
-Tibshirani 1993, chapter 13), those of differences add the variance between training seeds (see
-`paired_difference`). One resample of the whole test set serves the overall figure, every group and both
-methods, so that what depends on several of them has the right interval; with a `patients` array whole
-patients are drawn (cluster bootstrap), because images of one patient are no independent evidence.
+What leaves: JSON-ready tables with the intervals of `cfssl.evaluate.bootstrap`, each resample shared by the
+overall figure, every group and both methods.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from cfssl.errors import UserError
-from cfssl.evaluate.metrics import METRICS, Metric, MetricName, once
-from cfssl.seeds import numpy_generator
+from cfssl.evaluate.bootstrap import LEVEL, figure, paired, resampled
+from cfssl.evaluate.metrics import METRICS, Metric, MetricName
 
-LEVEL = 0.95
 MISSING = "(missing)"  # the group of rows without a label; listed, but neither worst nor part of the gap
-CELLS = 4_000_000  # weights held at a time
 
 
 def report(
@@ -46,25 +40,24 @@ def report(
     group's value; its interval belongs to these two groups, because choosing the extremes anew in every
     resample would push it above the value. Raises UserError for unknown metrics and without rows.
     """
-    y, scores = _checked(y, scores)
+    y, scores = checked(y, scores)
     chosen = [_metric(name) for name in metrics]
     members = {grouping: _members(labels, len(y), grouping) for grouping, labels in groups.items()}
     subsets = [np.arange(len(y)), *(rows for table in members.values() for rows in table.values())]
-    draws = np.concatenate(
-        [
+
+    def of_all(weights: np.ndarray) -> np.ndarray:
+        return np.array(
             [[metric(y[rows], scores[rows], weights[:, rows]) for metric in chosen] for rows in subsets]
-            for weights in _resamples(len(y), patients, resamples, seed)
-        ],
-        axis=2,
-    )  # (subsets, metrics, resamples)
+        )
+
+    values, draws = resampled(of_all, len(y), patients, resamples, seed)  # (subsets, metrics[, resamples])
 
     def row(subset: int) -> dict[str, Any]:
         rows = subsets[subset]
         counts = np.bincount(y[rows], minlength=scores.shape[1]).tolist()
         result: dict[str, Any] = {"n": len(rows), "positives": counts[1] if len(counts) == 2 else counts}
         for index, name in enumerate(metrics):
-            value = once(chosen[index], y[rows], scores[rows])
-            result[name] = _figure(value, draws[subset, index], counts)
+            result[name] = figure(float(values[subset, index]), draws[subset, index], _absent(counts))
         return result
 
     result: dict[str, Any] = {
@@ -100,23 +93,12 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metric of a minus metric of b on the same test rows: {"value", "low", "high", "df", "seeds"}.
+    """Metric of a minus metric of b on the same test rows: {"value", "low", "high", "df", "seeds"}, whose
+    interval `cfssl.evaluate.bootstrap.paired` explains.
 
     Scores are (n, classes), or lists of them, one per training seed; scores_a[s] and scores_b[s] belong
-    together. `value` is the mean of the differences d_s of the S seeds, which "seeds" lists. Its interval
-    speaks of other test sets and of other training runs: value +/- t_df sqrt(v_rows + v_seeds), where
-
-    - v_rows is the variance of `value` over bootstrap resamples of the test rows (or patients), each drawn
-      for both arms and all seeds alike;
-    - v_seeds = sum_s (d_s - value)^2 / (S - 1) / S;
-    - df = (v_rows + v_seeds)^2 / (v_seeds^2 / (S - 1)): the few seeds set the degrees of freedom, v_rows is
-      taken as known (Satterthwaite 1946; Welch 1947).
-
-    What rows do to one seed and not to another is counted in both variances, which errs on the wide side; the
-    df are an approximation, which with three seeds costs up to 3 % of coverage where v_rows is a tenth to a
-    half of v_seeds. With one seed v_seeds is unknown and taken as 0: the interval is normal (`df` null) and
-    speaks of other test sets only. Where a class is absent the value is null with a `reason`. Raises
-    UserError when the arms differ in seeds or rows.
+    together. Where a class is absent the value is null with a `reason`. Raises UserError when the arms differ
+    in seeds or rows.
     """
     return _difference(y, scores_a, scores_b, [np.arange(len(y))], np.mean, metric, patients, resamples, seed)
 
@@ -195,8 +177,8 @@ def _difference(
             f"The arms of a paired difference have {count} and {len(arms[1])} seeds, expected the same "
             "number; train the missing ones."
         )
-    arms = [[_checked(y, scores)[1] for scores in arm] for arm in arms]
-    y = _checked(y, arms[0][0])[0]
+    arms = [[checked(y, scores)[1] for scores in arm] for arm in arms]
+    y = checked(y, arms[0][0])[0]
     metric = _metric(metric_name)
 
     def differences(weights: np.ndarray) -> np.ndarray:
@@ -207,54 +189,14 @@ def _difference(
         first, second = over_subsets(figures, axis=2)
         return first - second
 
-    drawn = [differences(weights).mean(0) for weights in _resamples(len(y), patients, resamples, seed)]
-    observed = differences(np.ones((1, len(y))))[:, 0]  # (seeds,)
     fewest = min((np.bincount(y[r], minlength=arms[0][0].shape[1]).tolist() for r in subsets), key=min)
-
-    def interval(draws: np.ndarray) -> dict[str, float | None]:
-        return _welch_satterthwaite(observed, float(draws.var()))
-
-    result = _figure(float(observed.mean()), np.concatenate(drawn), fewest, interval)
-    return {**result, "seeds": [None if np.isnan(d) else float(d) for d in observed]}
+    return paired(differences, len(y), patients, resamples, seed, _absent(fewest))
 
 
-def _welch_satterthwaite(of_seeds: np.ndarray, row_variance: float) -> dict[str, float | None]:
-    """The interval of the mean of `of_seeds` (S,); see `paired_difference`."""
-    count, df = len(of_seeds), None
-    seed_variance = float(of_seeds.var(ddof=1)) / count if count > 1 else 0.0
-    variance = row_variance + seed_variance
-    if seed_variance > 0:
-        df = variance**2 / (seed_variance**2 / (count - 1))
-    reach = float(stdtrit(np.inf if df is None else df, (1 + LEVEL) / 2)) * variance**0.5
-    value = float(of_seeds.mean())
-    return {"low": value - reach, "high": value + reach, "df": df}
-
-
-def _percentiles(draws: np.ndarray) -> dict[str, float | None]:
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"low": float(low), "high": float(high)}
-
-
-def _figure(
-    value: float,
-    draws: np.ndarray,
-    counts: Sequence[int],
-    interval: Callable[[np.ndarray], dict[str, float | None]] = _percentiles,
-) -> dict[str, Any]:
-    """Value and interval, null where a class is absent; `counts`: rows of each class."""
-    if np.isnan(value):
-        absent = ", ".join(str(label) for label, count in enumerate(counts) if not count)
-        return {
-            "value": None,
-            "low": None,
-            "high": None,
-            "reason": f"no row of class {absent} among {sum(counts)} rows",
-        }
-    defined = draws[~np.isnan(draws)]
-    if 2 * len(defined) < len(draws):
-        reason = f"a class is absent from {len(draws) - len(defined)} of {len(draws)} resamples"
-        return {"value": value, "low": None, "high": None, "reason": reason}
-    return {"value": value, **interval(defined)}
+def _absent(counts: Sequence[int]) -> str:
+    """Why a metric has no value; `counts`: rows of each class."""
+    absent = ", ".join(str(label) for label, count in enumerate(counts) if not count)
+    return f"no row of class {absent} among {sum(counts)} rows"
 
 
 def _extremes(
@@ -270,20 +212,8 @@ def _extremes(
     worst = {"group": low, "value": known[low]}
     if len(known) == 1:
         return worst, None
-    gap = _figure(known[high] - known[low], draws[high] - draws[low], ())
+    gap = figure(known[high] - known[low], draws[high] - draws[low], "no value")
     return worst, {**gap, "best": high, "worst": low}
-
-
-def _resamples(count: int, patients: np.ndarray | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each row is drawn, (some resamples, count) at a time; a patient's rows are drawn together."""
-    codes = None if patients is None else pd.factorize(_keys(patients, count), use_na_sentinel=False)[0]
-    units = count if codes is None else int(codes.max()) + 1
-    rng, chunk = numpy_generator(seed, "bootstrap"), max(1, CELLS // count)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
-        yield times if codes is None else times[:, codes]
 
 
 def _members(labels: np.ndarray, count: int, where: str) -> dict[str, np.ndarray]:
@@ -297,19 +227,9 @@ def _members(labels: np.ndarray, count: int, where: str) -> dict[str, np.ndarray
     return {name: np.flatnonzero(names == name) for name in order}
 
 
-def _keys(patients: np.ndarray, count: int) -> pd.Series:
-    series = pd.Series(patients)
-    if len(series) != count:
-        raise ValueError(f"{len(series)} patients given for {count} rows")
-    if series.isna().any():
-        raise UserError(
-            f"{int(series.isna().sum())} of {count} test rows have no patient, expected one each; fill the "
-            "column or drop the rows."
-        )
-    return series
-
-
-def _checked(y: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked(y: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (n,) int64 and scores (n, classes) float64. Raises UserError without rows and for scores that
+    are not finite, ValueError where shapes or classes do not fit."""
     y, scores = np.asarray(y), np.asarray(scores, dtype=np.float64)
     if not len(y):
         raise UserError(

@@ -11,10 +11,10 @@ from scipy.stats import norm
 from sklearn import metrics as sk
 
 from cfssl.errors import UserError
+from cfssl.evaluate.bootstrap import weights as bootstrap_weights
+from cfssl.evaluate.bootstrap import welch_satterthwaite
 from cfssl.evaluate.groups import (
     MISSING,
-    _resamples,
-    _welch_satterthwaite,
     paired_difference,
     paired_mean_of_groups,
     paired_worst_group,
@@ -63,7 +63,7 @@ def reference(name: str, y: np.ndarray, scores: np.ndarray) -> float:
 def test_metric_equals_scikit_learn_on_the_rows_and_on_every_resample(name, data):
     y, scores = data
     assert once(METRICS[name], y, scores) == pytest.approx(reference(name, y, scores), abs=1e-12)
-    weights = next(_resamples(len(y), None, 10, seed=3))
+    weights = next(bootstrap_weights(len(y), None, 10, seed=3))
     figures = METRICS[name](y, scores, weights)
     for times, figure in zip(weights, figures, strict=True):
         repeated = np.repeat(np.arange(len(y)), times)
@@ -87,7 +87,7 @@ def test_auc_counts_ties_half():
 
 def test_resamples_draw_whole_patients_with_replacement():
     patients = np.array(["a", "b", "b", "c", "c", "c"])
-    weights = np.concatenate(list(_resamples(6, patients, 4000, seed=0)))
+    weights = np.concatenate(list(bootstrap_weights(6, patients, 4000, seed=0)))
     assert (weights[:, 1] == weights[:, 2]).all()
     assert (weights[:, 3] == weights[:, 5]).all()
     per_patient = weights[:, [0, 1, 3]]
@@ -172,7 +172,7 @@ def test_report_is_json_of_finite_numbers_and_a_function_of_its_seed():
 def test_memory_chunks_do_not_change_the_report(monkeypatch):
     y, scores, scanner = scanners()
     whole = report(y, scores, {"scanner": scanner}, resamples=50)
-    monkeypatch.setattr("cfssl.evaluate.groups.CELLS", 7 * len(y))
+    monkeypatch.setattr("cfssl.evaluate.bootstrap.CELLS", 7 * len(y))
     assert report(y, scores, {"scanner": scanner}, resamples=50) == whole
 
 
@@ -249,7 +249,7 @@ def expected_auc(separation: float, spread: float) -> float:
 def differences_of_resamples(y, a, b, patients, resamples, seed, figure) -> list[float]:
     """figure(rows, scores) of a minus b, averaged over seeds, on the rows of every resample, one by one."""
     found = []
-    for times in next(_resamples(len(y), patients, resamples, seed)):
+    for times in next(bootstrap_weights(len(y), patients, resamples, seed)):
         rows = np.repeat(np.arange(len(y)), times)
         found.append(np.mean([figure(rows, one) - figure(rows, two) for one, two in zip(a, b, strict=True)]))
     return found
@@ -317,10 +317,10 @@ def test_interval_is_welchs_of_the_variance_of_rows_and_of_seeds():
 def test_interval_of_seeds_alone_is_students_and_of_rows_alone_is_normal():
     of_seeds = np.array([0.01, 0.02, 0.06, 0.03])
     student = stats.ttest_1samp(of_seeds, 0).confidence_interval()
-    found = _welch_satterthwaite(of_seeds, row_variance=0.0)
+    found = welch_satterthwaite(of_seeds, row_variance=0.0)
     assert [found["low"], found["high"], found["df"]] == pytest.approx([student.low, student.high, 3])
     for alike in (np.array([0.02]), np.array([0.02, 0.02, 0.02])):
-        found = _welch_satterthwaite(alike, row_variance=1e-4)
+        found = welch_satterthwaite(alike, row_variance=1e-4)
         assert [found["low"], found["high"]] == pytest.approx(norm.interval(0.95, loc=0.02, scale=0.01))
         assert found["df"] is None
 
@@ -377,7 +377,7 @@ def test_worst_groups_are_each_arms_own_and_found_anew_in_every_resample():
     assert result["value"] == pytest.approx(np.mean(per_seed))
     assert result["groups"] == searched
     v_rows = np.var(differences_of_resamples(y, a, b, None, 40, 2, worst))
-    expected = _welch_satterthwaite(np.array(per_seed), v_rows)
+    expected = welch_satterthwaite(np.array(per_seed), v_rows)
     assert [result["low"], result["high"]] == pytest.approx([expected["low"], expected["high"]])
 
 
