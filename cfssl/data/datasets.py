@@ -14,8 +14,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cfssl.data.morphomnist import morphomnist_state, prepare_morphomnist
-from cfssl.data.phantoms import chest
+from cfssl.data.phantoms.chest import ChestWorld
+from cfssl.data.phantoms.world import WorldTruth, build_world
 from cfssl.data.prepare import changed_files, plain, prepare, save_prepared, source_state
+from cfssl.data.regions import Layout
 from cfssl.data.sources import AttributeSpec, TableSource
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import Attributes, ImageTable, Truth
@@ -43,8 +45,8 @@ class PhantomChestSettings:
     seed: int = 0
 
     @property
-    def world(self) -> chest.ChestWorld:
-        return chest.ChestWorld(self.size, self.domains, self.rho, self.balanced_test)
+    def world(self) -> ChestWorld:
+        return ChestWorld(self.size, self.domains, self.rho, self.balanced_test)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,7 +64,7 @@ class MorphoMNISTSettings:
 @dataclass(frozen=True, config=STRICT)
 class TableSettings:
     """Any images: `path` (under `root`) is a CSV, Parquet, .npz or a folder. The rest as in data/sources.py
-    TableSource; `size` is the side that images are brought to."""
+    TableSource; `size` is the side that images are brought to. `areas`: mask name to region layout."""
 
     path: str
     name: Literal["table"] = "table"
@@ -75,6 +77,7 @@ class TableSettings:
     group: str | None = None
     where: dict[str, tuple[Any, ...] | Literal["present"]] | None = None
     missing: tuple[str, ...] = ()
+    areas: dict[str, Layout] | None = None
     split: SplitSettings = Field(default_factory=SplitSettings)
 
     @property
@@ -90,37 +93,39 @@ class TableSettings:
             group=self.group,
             where=self.where,
             missing=self.missing,
+            areas=self.areas,
             split=self.split,
         )
 
 
-DataSettings = PhantomChestSettings | MorphoMNISTSettings | TableSettings
+PhantomSettings = PhantomChestSettings
+DataSettings = PhantomSettings | MorphoMNISTSettings | TableSettings
 
 
 class PhantomTruth:
-    """The phantom's true counterfactuals; its exogenous noise is drawn again when it is first asked for."""
+    """A phantom's true counterfactuals; its exogenous noise is drawn again when it is first asked for."""
 
-    def __init__(self, settings: PhantomChestSettings) -> None:
+    def __init__(self, settings: PhantomSettings) -> None:
         self.settings = settings
 
     @cached_property
-    def chest(self) -> chest.ChestTruth:
+    def known(self) -> WorldTruth:
         s = self.settings
-        return chest.build(s.world, s.count, s.seed, s.splits)[3]
+        return build_world(s.world, s.count, s.seed, s.splits)[3]
 
     def counterfactual(self, rows: np.ndarray, parents: Attributes) -> np.ndarray:
         """See `cfssl.data.table.Truth`."""
-        return self.chest.counterfactual(rows, parents)
+        return self.known.counterfactual(rows, parents)
 
     def attributes(self, rows: np.ndarray, do: Attributes) -> Attributes:
         """See `cfssl.data.table.Truth`."""
-        return self.chest.attributes(rows, do)
+        return self.known.attributes(rows, do)
 
 
 def data_source(settings: DataSettings) -> dict[str, Any]:
     """What the content key of a data set's table is made from: every setting, and the state of its files as
     far as it can be seen without opening them. A folder is the same under all its names."""
-    if isinstance(settings, PhantomChestSettings):
+    if isinstance(settings, PhantomSettings):
         return plain(settings)
     if isinstance(settings, MorphoMNISTSettings):
         return plain(settings) | {"root": morphomnist_state(settings.root, settings.part)}
@@ -151,16 +156,18 @@ def _prepare(settings: DataSettings, folder: Path, quiet: bool) -> ImageTable:
             )
         if isinstance(settings, TableSettings):
             return prepare(settings.source, folder, progress=progress)
-        frame, images, masks, _ = chest.build(settings.world, settings.count, settings.seed, settings.splits)
+        world = settings.world
+        frame, images, masks, _ = build_world(world, settings.count, settings.seed, settings.splits)
         return save_prepared(
             folder,
-            "phantom_chest",
+            world.name,
             frame,
-            chest.ATTRIBUTES,
+            world.attributes,
             images,
             masks,
-            chest.MASKS,
+            world.mask_names,
             group="patient",
+            areas=world.areas,
             progress=progress,
         )
 
@@ -170,7 +177,7 @@ def open_dataset(settings: DataSettings, folder: Path) -> ImageTable:
     have changed, as far as these were compared."""
     if not folder.is_dir():
         raise UserError(f"The prepared table {folder} is missing; delete {folder.parent} and run again.")
-    truth: Truth | None = PhantomTruth(settings) if isinstance(settings, PhantomChestSettings) else None
+    truth: Truth | None = PhantomTruth(settings) if isinstance(settings, PhantomSettings) else None
     table = ImageTable.open(folder, truth)
     if isinstance(settings, TableSettings):
         compared, total = check_files(settings, table, COMPARED)

@@ -20,11 +20,12 @@ import pandas as pd
 
 from cfssl.data.columns import typed
 from cfssl.data.readers import ADVICE, BadImage, standardise, standardise_mask
+from cfssl.data.regions import AreaSpec, declared_areas
 from cfssl.data.sources import Source, TableSource, kind_of, load_source
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import Attribute, ImageTable
 from cfssl.data.writer import CHUNK_BYTES, Chunk, Progress, is_table, write_table
-from cfssl.errors import UserError, nearest
+from cfssl.errors import UserError, nearest, quoted
 from cfssl.files import read_json
 
 
@@ -42,12 +43,15 @@ def prepare(source: TableSource, folder: Path | str, progress: Progress | None =
         if not changed_files(table).changed:
             return table
     loaded = load_source(source)
+    areas = declared_areas(source.areas or {}, loaded.mask_names)
+    refuse_taken(areas, loaded.frame, source.path)
     return write_table(
         folder,
         name=loaded.name,
         frame=loaded.frame,
-        attributes=loaded.attributes,
+        attributes=loaded.attributes | {name: Attribute(name, "continuous", declared=True) for name in areas},
         left_out=loaded.left_out,
+        areas=areas,
         chunks=_read(loaded, source, state),
         mask_names=loaded.mask_names,
         group=source.group,
@@ -118,6 +122,7 @@ def save_prepared(
     group: str | None = None,
     split: SplitSettings | None = None,
     source: Mapping[str, Any] | None = None,
+    areas: Mapping[str, AreaSpec] | None = None,
     progress: Progress | None = None,
 ) -> ImageTable:
     """Writes arrays in memory as a prepared table, replacing the table that was at `folder`.
@@ -125,8 +130,9 @@ def save_prepared(
     images: (N, C, H, W) uint8 or uint16, volumes (N, C, D, H, W). masks: (N, M, H, W) of 0 and 1, one
         channel per mask name.
     frame: N rows; a column `split` is taken as given splits unless `split.fractions` asks for own ones.
-    source: anything JSON holds that says where the arrays come from. Raises `UserError` where these do not
-        fit together.
+    source: anything JSON holds that says where the arrays come from.
+    areas: which attributes are areas of a mask, and how they were measured. Raises `UserError` where these do
+        not fit together.
     """
     if images.ndim not in (4, 5) or images.dtype not in (np.uint8, np.uint16):
         raise UserError(
@@ -152,6 +158,18 @@ def save_prepared(
                 f"{attribute!r}{nearest(attribute, frame.columns)}."
             )
 
+    for area, spec in (areas or {}).items():
+        if area not in attributes:
+            raise UserError(
+                f"Table {name!r} has no attribute for the area {area!r}{nearest(area, attributes)}."
+            )
+        for mask in (spec.structure, spec.map_structure):
+            if mask not in mask_names:
+                raise UserError(
+                    f"Area {area!r} of table {name!r} is measured on {mask!r}, which is no "
+                    f"mask{nearest(mask, mask_names)}."
+                )
+
     def chunks() -> Iterator[Chunk]:
         step = max(1, CHUNK_BYTES // max(1, images[:1].nbytes))
         for start in range(0, len(images), step):
@@ -164,6 +182,7 @@ def save_prepared(
         frame=typed(frame.reset_index(drop=True), attributes),
         attributes=attributes,
         left_out={},
+        areas=areas or {},
         chunks=chunks(),
         mask_names=mask_names,
         group=group,
@@ -172,6 +191,16 @@ def save_prepared(
         files=None,
         progress=progress,
     )
+
+
+def refuse_taken(areas: Mapping[str, AreaSpec], frame: pd.DataFrame, path: Path) -> None:
+    """Raises `UserError` where an area would have the name of a column."""
+    taken = [name for name in areas if name in frame.columns]
+    if taken:
+        raise UserError(
+            f"{path} has {'columns' if len(taken) > 1 else 'a column'} {quoted(taken)}, and `areas` measures "
+            "attributes of the same name; rename the columns or the masks."
+        )
 
 
 def _states(files: Sequence[Path]) -> pd.DataFrame:

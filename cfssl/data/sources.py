@@ -18,6 +18,7 @@ import pandas as pd
 from cfssl.data.columns import AttributeSpec, Selected, Where, natural, read_columns, require, select
 from cfssl.data.npz import ArrayHeader, npz_headers, read_npz, stream_npz
 from cfssl.data.readers import NOT_READ, READERS, read_image, reader_for, suffix_of
+from cfssl.data.regions import Layout
 from cfssl.data.splits import SplitSettings
 from cfssl.data.table import SPLITS, Attribute, texts
 from cfssl.errors import UserError, listed, nearest
@@ -38,6 +39,8 @@ class TableSource:
     attributes: {name: spec}; columns not named here are inferred.
     group: column whose values (patients) stay in one split.
     where: {column: accepted values, or "present"}; all must hold.
+    areas: {mask name: region layout}; each mask's areas become attributes `<mask>_<region>_area`, see
+        data/regions.py.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class TableSource:
     group: str | None = None
     where: Where | None = None
     missing: tuple[str, ...] = ()
+    areas: Mapping[str, Layout] | None = None
     split: SplitSettings = field(default_factory=SplitSettings)
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cfssl.data.regions import AreaSpec
 from cfssl.errors import UserError, listed, nearest, quoted
 from cfssl.files import read_json
 
@@ -177,6 +178,8 @@ class ImageTable:
         self.truth = truth
         self.attributes = {item["name"]: Attribute.from_json(item) for item in record["attributes"]}
         self.left_out: dict[str, str] = record.get("left_out", {})
+        # Which attributes are areas of a mask, and how they are measured.
+        self.areas = {name: AreaSpec(**spec) for name, spec in record.get("areas", {}).items()}
         self.mask_names: tuple[str, ...] = tuple(record["mask_names"])
         self.images: ImageArray = self._mapped("images.npy", record, record["shape"], record["dtype"])
         self.masks: ImageArray | None = None

@@ -12,7 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
+from cfssl.data.regions import AreaSpec, measure_areas
 from cfssl.data.splits import SplitSettings, assign_splits
 from cfssl.data.table import FORMAT, Attribute, ImageTable
 from cfssl.errors import UserError
@@ -31,6 +33,7 @@ def write_table(
     frame: pd.DataFrame,
     attributes: Mapping[str, Attribute],
     left_out: Mapping[str, str],
+    areas: Mapping[str, AreaSpec],
     chunks: Iterator[Chunk],
     mask_names: Sequence[str],
     group: str | None,
@@ -41,6 +44,8 @@ def write_table(
 ) -> ImageTable:
     """Writes `folder`, replacing the table that was there, and opens it.
 
+    areas: how attributes are measured on the masks; those without a column are measured here, and are missing
+        where the mask they are laid out on is empty.
     files: what the table was made from, kept beside it as files.parquet. Raises `UserError`, and then leaves
     what was at `folder` as it was.
     """
@@ -50,6 +55,9 @@ def write_table(
         )
     with atomic_folder(folder) as temporary:
         pixels, content = _write_arrays(temporary, chunks, len(frame), progress)
+        unmeasured = {name: spec for name, spec in areas.items() if name not in frame}
+        if unmeasured:
+            frame = frame.assign(**_measured(temporary / "masks.npy", mask_names, unmeasured))
         splits, keep = assign_splits(frame, attributes, group, content, split)
         frame = frame.assign(split=splits)
         if not keep.all():
@@ -60,12 +68,14 @@ def write_table(
         if files is not None:
             _write_parquet(temporary / "files.parquet", files)
         described = [attribute.to_json() for attribute in attributes.values()]
+        measures = {name: spec.to_json() for name, spec in areas.items()}
         content_key = fingerprint(
             pixels,
             hashlib.blake2b(frame.to_csv(index=False).encode()).hexdigest(),
             described,
             list(mask_names),
             group,
+            *([measures] if measures else []),
         )
         array = np.load(temporary / "images.npy", mmap_mode="r")
         record = {
@@ -77,6 +87,7 @@ def write_table(
             "mask_names": list(mask_names),
             "attributes": described,
             "left_out": dict(left_out),
+            "areas": measures,
             "group": group,
             "fingerprint": content_key,
             "source": source,
@@ -152,6 +163,21 @@ class ArrayFile:
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
+
+
+def _measured(path: Path, mask_names: Sequence[str], specs: Mapping[str, AreaSpec]) -> dict[str, np.ndarray]:
+    """The areas `specs` of written masks: columns (N,) float64, NaN where the mask that says where the
+    regions are is empty."""
+    array = np.load(path, mmap_mode="r")
+    step = max(1, CHUNK_BYTES // (4 * len(specs) * array[0, 0].size))
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in specs}
+    for start in range(0, len(array), step):
+        masks = torch.from_numpy(array[start : start + step].copy())
+        present = masks.flatten(2).any(dim=2)
+        for name, values in measure_areas(masks, mask_names, specs).items():
+            known = present[:, list(mask_names).index(specs[name].map_structure)]
+            chunks[name].append(values.double().where(known, torch.nan).numpy())
+    return {name: np.concatenate(parts) for name, parts in chunks.items()}
 
 
 def _keep_rows(path: Path, rows: np.ndarray) -> None:

@@ -50,6 +50,7 @@ SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     (
         TableSettings("t.csv"),
         {"images": "site", "masks": "m", "size": 5, "channels": 3, "group": "site", "missing": ("a",)}
+        | {"areas": {"m": "thirds"}}
         | {"where": {"site": ("a",)}, "attributes": {"site": AttributeSpec("categorical")}}
         | SPLIT,
     ),

@@ -2,8 +2,9 @@
 
 Graph: `sex`, `age`, `scanner` and six regional lung widths are roots; `disease <- age`; all of them cause
 the image. Every exogenous factor is kept in `u`, so `render(world, other_parents, u)` is the true
-counterfactual of an image. The disease is a pleural effusion of graded size and density at one lung base,
-with a wider heart. `chest_anatomy` draws the patient, `chest_scanner` is the machine.
+counterfactual of an image. The areas of the lungs' thirds are measured on the masks, and can be set. The
+disease is a pleural effusion of graded size and density at one lung base, with a wider heart.
+`chest_anatomy` draws the patient, `chest_scanner` is the machine.
 
 The parameters were fixed from SimCLR and supervised runs alone. Levels with 2,400 training images at 64 px,
 20 epochs of timm's test_resnet, 3,000 test images with scanners balanced, disease AUC on A / B / C / D:
@@ -11,9 +12,7 @@ linear probe on SimCLR .883 / .852 / .777 / .688, supervised .995 / .992 / .933 
 the benchmark's budget stand in benchmarks/results/acquisition_shift.md).
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,26 +26,41 @@ from cfssl.data.phantoms import chest_anatomy
 from cfssl.data.phantoms.chest_anatomy import MASKS, REGIONS
 from cfssl.data.phantoms.chest_scanner import SCANNERS as MACHINES
 from cfssl.data.phantoms.chest_scanner import acquire, noise_field
-from cfssl.data.table import SPLITS, Attribute, Attributes
-from cfssl.errors import UserError, nearest
-from cfssl.seeds import torch_generator
+from cfssl.data.phantoms.world import (
+    Factor,
+    Noise,
+    WorldTruth,
+    build_world,
+    in_chunks,
+    refuse_shares,
+    truncated_normal,
+)
+from cfssl.data.regions import THIRDS, AreaSpec
+from cfssl.data.table import Attribute, Attributes
+from cfssl.errors import UserError
 
 SCANNERS = tuple(MACHINES)
-ATTRIBUTES: dict[str, Attribute] = {
+PARENTS: dict[str, Attribute] = {
     "sex": Attribute("sex", "binary", ("F", "M"), declared=True),
     "age": Attribute("age", "continuous", declared=True),  # years, 20 to 90
     "scanner": Attribute("scanner", "categorical", SCANNERS, declared=True),
     "disease": Attribute("disease", "binary", ("no", "yes"), declared=True),
-    **{
-        region: Attribute(region, "continuous", declared=True) for region in REGIONS
-    },  # relative width of that part of the lung
+    # relative width of that part of the lung
+    **{region: Attribute(region, "continuous", declared=True) for region in REGIONS},
 }
-IMAGE_PARENTS = tuple(ATTRIBUTES)
+IMAGE_PARENTS = tuple(PARENTS)
+AREAS = {
+    f"{side}_{third}_area": AreaSpec(f"{side}_lung", "thirds", third)
+    for side in ("left", "right")
+    for third in THIRDS
+}
+"""Areas of the thirds of each lung mask, in percent of the image: measured, no parents."""
+ATTRIBUTES = PARENTS | {name: Attribute(name, "continuous", declared=True) for name in AREAS}
 
 AGE_MEAN, AGE_SPREAD, AGE_RANGE = 55.0, 18.0, (20.0, 90.0)
 REGION_SPREAD, REGION_RANGE = 0.06, (0.8, 1.2)
+SEARCH_RANGE = (0.6, 1.4)  # of a region's factor when its area is set
 DISEASE_LOGIT, DISEASE_PER_DECADE = -0.1, 0.25  # log odds at 55 years and their rise with age
-PIXELS_PER_CHUNK = 2**17  # what one thread renders at a time: temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -66,16 +80,7 @@ class ChestWorld:
             raise UserError(
                 f"phantom_chest size is {self.size}; it draws 64 or 128 pixels, choose one of them."
             )
-        if unknown := sorted(set(self.domains) - set(SCANNERS)):
-            raise UserError(
-                f"phantom_chest domains name {unknown}; use the names of scanners, {', '.join(SCANNERS)}."
-            )
-        if any(share < 0 for share in self.domains.values()) or not math.isclose(
-            sum(self.domains.values()), 1, abs_tol=1e-6
-        ):
-            raise UserError(
-                f"phantom_chest domains are {dict(self.domains)}; give shares of at least 0 that add up to 1."
-            )
+        refuse_shares("phantom_chest", self.domains, SCANNERS)
         if not 0 <= self.rho <= 1:
             raise UserError(f"phantom_chest rho is {self.rho}; it is a strength, give a number from 0 to 1.")
 
@@ -85,6 +90,45 @@ class ChestWorld:
             return [1 / len(SCANNERS)] * len(SCANNERS)
         return [float(self.domains.get(name, 0.0)) for name in SCANNERS]
 
+    @property
+    def name(self) -> str:
+        return "phantom_chest"
+
+    @property
+    def attributes(self) -> Mapping[str, Attribute]:
+        return ATTRIBUTES
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        return MASKS
+
+    @property
+    def areas(self) -> Mapping[str, AreaSpec]:
+        return AREAS
+
+    @property
+    def movers(self) -> tuple[Mapping[str, Factor], ...]:
+        return ({f"{region}_area": Factor(region, *SEARCH_RANGE) for region in REGIONS},)
+
+    def sample(
+        self, count: int, generator: torch.Generator, split: str = "train"
+    ) -> tuple[Attributes, dict[str, Tensor]]:
+        return sample(self, count, generator, split)
+
+    def render(self, parents: Attributes, u: Noise) -> "Rendered":
+        return render(self, parents, u)
+
+    def masks(self, parents: Attributes, u: Noise) -> NDArray[np.uint8]:
+        return masks(self, parents, u)
+
+    def follow(self, parents: Attributes, u: Noise, do: Iterable[str]) -> Attributes:
+        """A new age brings the disease that the row's own noise makes of it, unless the disease is set as
+        well."""
+        do = set(do)
+        if "age" in do and "disease" not in do:
+            return parents | {"disease": disease_mechanism(parents["age"], u["disease_noise"])}
+        return parents
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -92,17 +136,9 @@ class Rendered:
     masks: NDArray[
         np.uint8
     ]  # (n, 4, H, W) of 0 and 1: left lung, right lung, heart, effusion; lungs include the effusion
-    areas: NDArray[np.float32]  # (n, 6), columns as in REGIONS, share of the image
-
-
-def truncated_normal(
-    count: int, mean: float, spread: float, limits: tuple[float, float], rng: torch.Generator
-) -> Tensor:
-    """(count,) float32 draws of a normal distribution cut to `limits`, by inverting its distribution."""
-    low, high = (math.erf((limit - mean) / spread / math.sqrt(2)) for limit in limits)
-    uniform = torch.rand(count, generator=rng, dtype=torch.float64)
-    normal = torch.erfinv(low + (high - low) * uniform) * math.sqrt(2)
-    return (mean + spread * normal).clamp(*limits).float()
+    areas: NDArray[
+        np.float32
+    ]  # (n, 6), columns as in REGIONS: anatomical thirds to a part of a pixel, share of the image
 
 
 def disease_probability(age: Tensor) -> Tensor:
@@ -156,7 +192,7 @@ def sample(
     return parents, u
 
 
-def render(world: ChestWorld, parents: Attributes, u: Mapping[str, Tensor]) -> Rendered:
+def render(world: ChestWorld, parents: Attributes, u: Noise) -> Rendered:
     """`f(parents, u)`: a pure function, row by row, of values (n,). Uses as many threads as torch does."""
     pa = {name: parents[name].numpy() for name in IMAGE_PARENTS}
     noise = {name: value.numpy() for name, value in u.items()}
@@ -177,12 +213,22 @@ def render(world: ChestWorld, parents: Attributes, u: Mapping[str, Tensor]) -> R
                 )
         masks[rows], areas[rows] = anatomy.masks, anatomy.areas
 
-    step = max(1, PIXELS_PER_CHUNK // size**2)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(
-            pool.map(render_rows, (slice(start, min(start + step, count)) for start in range(0, count, step)))
-        )
+    in_chunks(count, size, render_rows)
     return Rendered(images, masks, areas)
+
+
+def masks(world: ChestWorld, parents: Attributes, u: Noise) -> NDArray[np.uint8]:
+    """The masks of `render`, without drawing the images."""
+    pa = {name: parents[name].numpy() for name in IMAGE_PARENTS}
+    noise = {name: value.numpy() for name, value in u.items()}
+    found = np.empty((len(pa["age"]), len(MASKS), world.size, world.size), np.uint8)
+
+    def mask_rows(rows: slice) -> None:
+        own = ({name: value[rows] for name, value in values.items()} for values in (pa, noise))
+        found[rows] = chest_anatomy.outline(world.size, *own).masks()
+
+    in_chunks(len(found), world.size, mask_rows)
+    return found
 
 
 def silver_masks(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -198,83 +244,8 @@ def silver_masks(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return silver
 
 
-@dataclass(frozen=True)
-class ChestTruth:
-    """The true counterfactuals of a table built by `build`, row by row in the same order."""
-
-    world: ChestWorld
-    parents: Attributes
-    u: dict[str, Tensor]
-    areas: NDArray[np.float32]  # (N, 6) factual areas, columns as in REGIONS
-
-    def counterfactual(self, rows: NDArray[np.int64], parents: Attributes) -> NDArray[np.uint8]:
-        """(n, 1, H, W): the images of `rows` with their own exogenous factors and the given `parents`; a
-        parent that is not given keeps its factual value."""
-        return self.rendered(rows, parents).images
-
-    def rendered(self, rows: NDArray[np.int64], parents: Attributes) -> Rendered:
-        """As `counterfactual`, with masks and areas."""
-        factual, u = self._factual(rows, parents)
-        return render(self.world, factual | parents, u)
-
-    def attributes(self, rows: NDArray[np.int64], do: Attributes) -> Attributes:
-        """All attributes (n,) of `rows` under `do`: a new age brings the disease that the row's own noise
-        makes of it, unless the disease is set as well; everything else keeps its factual value."""
-        factual, u = self._factual(rows, do)
-        result = factual | do
-        if "age" in do and "disease" not in do:
-            result["disease"] = disease_mechanism(result["age"], u["disease_noise"])
-        return result
-
-    def _factual(self, rows: NDArray[np.int64], names: Iterable[str]) -> tuple[Attributes, dict[str, Tensor]]:
-        """Parents and noise (n,) of `rows`, once `names` are known to be attributes."""
-        for name in names:
-            if name not in self.parents:
-                raise UserError(f"phantom_chest has no attribute {name!r}{nearest(name, self.parents)}.")
-        picked = torch.as_tensor(rows, dtype=torch.int64)
-        parents, u = ({n: v[picked] for n, v in values.items()} for values in (self.parents, self.u))
-        return parents, u
-
-
-def split_counts(count: int, splits: Mapping[str, float]) -> dict[str, int]:
-    """Images per split. Values that add up to 1 are shares of `count` (train takes the rounding), integers
-    are counts."""
-    if unknown := sorted(set(splits) - set(SPLITS)):
-        raise UserError(
-            f"phantom_chest splits name {unknown}; the splits are {', '.join(SPLITS)}, use these names."
-        )
-    if all(isinstance(value, int) for value in splits.values()) and sum(splits.values()) == count:
-        return {name: int(splits.get(name, 0)) for name in SPLITS}
-    if any(value < 0 for value in splits.values()) or not math.isclose(sum(splits.values()), 1, abs_tol=1e-6):
-        raise UserError(
-            f"phantom_chest splits are {dict(splits)}; give shares that add up to 1, or whole numbers that "
-            f"add up to the count {count}."
-        )
-    counts = {name: int(count * splits.get(name, 0) + 1e-9) for name in SPLITS}
-    return counts | {"train": count - counts["val"] - counts["test"]}
-
-
 def build(
     world: ChestWorld, count: int, seed: int, splits: Mapping[str, float] | None = None
-) -> tuple[pd.DataFrame, NDArray[np.uint8], NDArray[np.uint8], ChestTruth]:
-    """A table of `count` images, one per patient: (frame, images (N,1,H,W), masks (N,4,H,W), truth).
-
-    The frame has a column per attribute (natural values), `patient` and `split`; rows stand split by split.
-    `splits` gives shares (default train .6, val .15, test .25) or counts. A split's images do not depend on
-    the sizes of the other splits."""
-    counts = split_counts(count, {"train": 0.6, "val": 0.15, "test": 0.25} if splits is None else splits)
-    drawn = [
-        sample(world, n, torch_generator(seed, "phantom_chest", split), split) for split, n in counts.items()
-    ]
-    parents = {name: torch.cat([part[name] for part, _ in drawn]) for name in IMAGE_PARENTS}
-    u = {name: torch.cat([part[name] for _, part in drawn]) for name in drawn[0][1]}
-    rendered = render(world, parents, u)
-    frame = pd.DataFrame(index=range(count))
-    for name, attribute in ATTRIBUTES.items():
-        values = parents[name].numpy()
-        frame[name] = (
-            np.array(attribute.categories)[values] if attribute.categories else values.astype(np.float64)
-        )
-    frame["patient"] = [f"p{number:06d}" for number in range(count)]
-    frame["split"] = np.repeat(list(counts), list(counts.values()))
-    return frame, rendered.images, rendered.masks, ChestTruth(world, parents, u, rendered.areas)
+) -> tuple[pd.DataFrame, NDArray[np.uint8], NDArray[np.uint8], WorldTruth]:
+    """See `build_world`."""
+    return build_world(world, count, seed, splits)

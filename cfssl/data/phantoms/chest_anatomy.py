@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from cfssl.data.phantoms.fields import Floats, bell, between, coverage, ramp, textures
 
 REGIONS = ("left_upper", "left_middle", "left_lower", "right_upper", "right_middle", "right_lower")
 MASKS = ("left_lung", "right_lung", "heart", "effusion")
@@ -48,30 +48,6 @@ class Anatomy:
     areas: Floats  # (n, 6), columns as in REGIONS: share of the image covered by that third of the lung
 
 
-def coverage(distance: Floats, softness: float) -> Floats:
-    """How much of a pixel lies inside an edge, from the signed distance to it (positive inside): a ramp of
-    width `softness`."""
-    return np.clip(distance * np.float32(1 / softness) + np.float32(0.5), 0, 1)
-
-
-def bell(distance: Floats, width: float) -> Floats:
-    """Close to a Gaussian of height 1 and standard deviation `width`, but exactly 0 beyond 2.45 of them:
-    tails of denormal numbers would slow everything that follows."""
-    rest = np.maximum(1 - distance * distance * np.float32(1 / (6 * width * width)), 0)
-    return rest * rest * rest
-
-
-def ramp(t: Floats, start: float, stop: float) -> Floats:
-    """0 before `start`, 1 after `stop`, smooth between (cubic)."""
-    s = np.clip((t - np.float32(start)) * np.float32(1 / (stop - start)), 0, 1)
-    return s * s * (np.float32(3) - np.float32(2) * s)
-
-
-def between(limits: tuple[float, float], share: Floats) -> Floats:
-    """`limits[0]` at share 0, `limits[1]` at share 1."""
-    return limits[0] + (limits[1] - limits[0]) * share
-
-
 def bumps(t: Floats) -> tuple[Floats, Floats, Floats]:
     """Where the upper, middle and lower factors act along the lung; each vanishes at the thirds' borders."""
     upper = 1 - ramp(t, 0.12, 1 / 3)
@@ -79,32 +55,55 @@ def bumps(t: Floats) -> tuple[Floats, Floats, Floats]:
     return upper, middle, ramp(t, 2 / 3, 0.88)
 
 
-def upsample_matrix(size: int, cells: int) -> Floats:
-    """(size, cells) weights of a smooth (cubic B-spline) interpolation, scaled so that unit noise on the
-    cells keeps about unit variance on the pixels."""
-    position = (np.arange(size) + 0.5) / size * (cells - 3) + 1
-    distance = np.abs(position[:, None] - np.arange(cells)[None])
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    far = np.clip(2 - distance, 0, None) ** 3 / 6
-    weights = np.where(distance < 1, near, far)
-    return (weights / np.sqrt((weights**2).sum(1, keepdims=True))).astype(np.float32)
+@dataclass(frozen=True)
+class Outlines:
+    """Where everything lies, (n, H, W) or broadcastable to it; all that the masks depend on."""
+
+    column: dict[str, Floats]  # exogenous factors (n, 1, 1)
+    age: Floats  # standardised
+    male: Floats
+    pixel: float
+    x: Floats
+    y: Floats
+    lateral: Floats
+    mediastinum: Floats
+    edge: Floats
+    dome: NDArray[np.floating]
+    bottom: Floats
+    heights: tuple[Floats, Floats]  # left, right: (n, H)
+    heart_distance: Floats
+    lung: Floats
+    fluid: Floats
+
+    @property
+    def is_left(self) -> NDArray[np.bool_]:
+        return self.x > 0
+
+    def by_side(self, left: Floats, right: Floats) -> Floats:
+        return np.where(self.is_left, left, right)
+
+    def masks(self) -> NDArray[np.uint8]:
+        """(n, 4, H, W), channels as in MASKS."""
+        filled = self.lung >= 0.5
+        heart = coverage(self.heart_distance, self.pixel) >= 0.5
+        channels = [filled & self.is_left, filled & ~self.is_left, heart, self.fluid >= 0.5]
+        return np.stack(channels, axis=1).astype(np.uint8)
+
+    def areas(self) -> Floats:
+        """(n, 6), columns as in REGIONS: share of the image covered by that third of the lung."""
+        areas = []
+        for own, t in zip((self.is_left, ~self.is_left), self.heights, strict=True):
+            rows = np.where(own, self.lung, np.float32(0)).sum(axis=2)  # (n, H)
+            third = np.clip((3 * t).astype(np.int64), 0, 2)  # t is negative above the apex, where rows are 0
+            areas += [
+                np.where(third == number, rows, np.float32(0)).sum(axis=1) / self.lung.shape[-1] ** 2
+                for number in range(3)
+            ]
+        return np.stack(areas, axis=1)
 
 
-def textures(seeds: NDArray[np.int64], size: int) -> list[Floats]:
-    """One smooth random field (n, H, W) per entry of TEXTURE_GRIDS, regenerated from each image's seed."""
-    counts = [cells * cells for cells in TEXTURE_GRIDS]
-    noise = np.stack(
-        [np.random.default_rng(seed).standard_normal(sum(counts), dtype=np.float32) for seed in seeds]
-    )
-    fields = []
-    for cells, part in zip(TEXTURE_GRIDS, np.split(noise, np.cumsum(counts)[:-1], axis=1), strict=True):
-        weights = upsample_matrix(size, cells)
-        fields.append(np.asarray(weights @ part.reshape(-1, cells, cells) @ weights.T, np.float32))
-    return fields
-
-
-def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) -> Anatomy:
-    """The patients' anatomy at `size` x `size` pixels. `parents` and `u` hold arrays of shape (n,)."""
+def outline(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) -> Outlines:
+    """The patients' outlines at `size` x `size` pixels. `parents` and `u` hold arrays of shape (n,)."""
     column = {
         name: np.asarray(value, np.float32)[:, None, None]
         for name, value in u.items()
@@ -120,7 +119,6 @@ def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) ->
     y = (grid[None, :, None] - np.float32(0.03) - np.float32(0.035) * column["shift_y"]) / zoom  # (n, H, 1)
     x = (grid[None, None, :] - np.float32(0.03) * column["shift_x"]) / zoom
     x = x - np.float32(0.03) * column["tilt"] * y  # (n, H, W)
-    soft_texture, lung_texture, vessel_texture = textures(u["texture_seed"], size)
 
     lateral = np.abs(x)
     is_left = x > 0
@@ -171,8 +169,21 @@ def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) ->
     angle = dome + ANGLE_BELOW_DOME
     surface = angle - fluid_height * (0.62 + 0.38 * outward * outward * outward)
     fluid = lung * coverage(y - surface, 1.5 * pixel) * here
-    fluid_contrast = between(EFFUSION_CONTRAST, column["effusion_contrast"])
-    haze = ramp(y - angle, -0.55, -0.05) * by_side(column["haze_left"], column["haze_right"])
+    return Outlines(
+        column, age, male, pixel, x, y, lateral, mediastinum, edge, dome, bottom,
+        (heights[0], heights[1]), heart_distance, lung, fluid,
+    )  # fmt: skip
+
+
+def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) -> Anatomy:
+    """The patients' anatomy at `size` x `size` pixels. `parents` and `u` hold arrays of shape (n,)."""
+    shape = outline(size, parents, u)
+    column, age, male, pixel = shape.column, shape.age, shape.male, shape.pixel
+    x, y, lateral, edge = shape.x, shape.y, shape.lateral, shape.edge
+    mediastinum, bottom, heart_distance = shape.mediastinum, shape.bottom, shape.heart_distance
+    soft_texture, lung_texture, vessel_texture = textures(u["texture_seed"], size, TEXTURE_GRIDS)
+    angle = shape.dome + ANGLE_BELOW_DOME
+    haze = ramp(y - angle, -0.55, -0.05) * shape.by_side(column["haze_left"], column["haze_right"])
 
     # Soft tissue, from the skin inwards.
     half_width = 0.95 + 0.02 * column["body_width"] + 0.03 * male + 0.05 * ramp(-y, 0.15, 0.6)
@@ -217,13 +228,9 @@ def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) ->
     air = -0.36 + 0.02 * column["lung_density"] + 0.014 * lung_texture + 0.018 * vessel_texture + HAZE * haze
     air += reach * (0.10 + 0.02 * column["hilum"] + 0.04 * vessel_texture)
     knob = bell(x - mediastinum - 0.015, 0.06) * bell(y + 0.30, 0.075)
-    attenuation = body * (tissue + (0.08 + 0.07 * age) * knob) + lung * air + fluid_contrast * fluid
+    fluid_contrast = between(EFFUSION_CONTRAST, column["effusion_contrast"])
+    attenuation = (
+        body * (tissue + (0.08 + 0.07 * age) * knob) + shape.lung * air + fluid_contrast * shape.fluid
+    )
 
-    filled = lung >= 0.5
-    masks = np.stack([filled & is_left, filled & ~is_left, heart >= 0.5, fluid >= 0.5], axis=1)
-    areas = []
-    for own, t in zip((is_left, ~is_left), heights, strict=True):
-        rows = np.where(own, lung, np.float32(0)).sum(axis=2)  # (n, H)
-        third = np.clip((3 * t).astype(np.int64), 0, 2)  # t is negative above the apex, where rows are 0
-        areas += [np.where(third == number, rows, np.float32(0)).sum(axis=1) / size**2 for number in range(3)]
-    return Anatomy(attenuation, masks.astype(np.uint8), np.stack(areas, axis=1))
+    return Anatomy(attenuation, shape.masks(), shape.areas())

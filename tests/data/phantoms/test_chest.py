@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cfssl.data.phantoms import chest, chest_anatomy
+from cfssl.data.phantoms import world as world_room
 from cfssl.data.phantoms.chest import MASKS, REGIONS, SCANNERS, ChestWorld, build, render, sample
 from cfssl.data.phantoms.chest_scanner import blur_matrix
 from cfssl.errors import UserError
@@ -58,7 +59,7 @@ def test_a_row_renders_to_the_same_bytes_alone_in_a_batch_and_with_any_number_of
 ):
     world, (parents, u) = ChestWorld(size=size), drawn
     whole = render(world, parents, u)
-    monkeypatch.setattr(chest, "PIXELS_PER_CHUNK", 7 * size**2)
+    monkeypatch.setattr(world_room, "PIXELS_PER_CHUNK", 7 * size**2)
     chunked = render(world, parents, u)
     for name in ("images", "masks", "areas"):
         assert np.array_equal(getattr(whole, name), getattr(chunked, name))
@@ -295,7 +296,7 @@ def test_impossible_requests_are_refused():
 def test_attributes_under_an_intervention_follow_the_worlds_own_mechanism():
     truth = build(WORLD, 400, seed=0)[3]
     rows = np.arange(400)[::-1].copy()
-    factual = {name: value[torch.from_numpy(rows)] for name, value in truth.parents.items()}
+    factual = {n: v[torch.from_numpy(rows)] for n, v in (truth.parents | truth.areas).items()}
     nothing = truth.attributes(rows, {})
     assert all(torch.equal(nothing[name], factual[name]) for name in chest.ATTRIBUTES)
     same = truth.attributes(rows, {"age": factual["age"]})
