@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,15 +28,12 @@ from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.run import Run
 from cfssl.errors import UserError, nearest
 from cfssl.measure.frozen import Record, measured, stem
-from cfssl.measure.sampling import AugmentSettings, Part, augmented, noise_size, rows_of_part
+from cfssl.measure.sampling import GROUPS, AugmentSettings, Part, Width, augmented, noise_size, rows_of_part
 from cfssl.models.seeded import seeded
 from cfssl.settings import STRICT, Count, Positive
 
 LOG_SIGMA = (-5.0, 3.0)  # of a real-valued head, in standardised units
 TEMPERATURES = (0.5, 10.0)  # below, heads that make no error in validation would become infinitely sure
-GROUPS = 4
-
-Width = Annotated[int, Field(ge=GROUPS, multiple_of=GROUPS)]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,4 +1,4 @@
-"""What a measuring network is trained on: which rows, and how their images are varied."""
+"""What predictor and segmentor are trained on: which rows, and how their images are varied."""
 
 from typing import Annotated, Literal
 
@@ -11,6 +11,8 @@ from cfssl.data.table import ImageTable, texts
 from cfssl.seeds import derive_seed
 from cfssl.settings import STRICT, NonNegative
 
+GROUPS = 4  # in which channels are normalised
+Width = Annotated[int, Field(ge=GROUPS, multiple_of=GROUPS)]
 Part = Literal["all", "first", "second"]
 DRAWS = 6  # numbers per image before its noise: shift down and right, contrast, brightness, gamma, level
 
