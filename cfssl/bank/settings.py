@@ -5,17 +5,28 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cfssl.settings import STRICT, Count
+from cfssl.settings import STRICT, Count, Positive, Probability
+
+
+@dataclass(frozen=True, config=STRICT)
+class GateSettings:
+    """Which counterfactuals are shown to an encoder. `probability`: the least that the judge has to give to
+    the value that a discrete attribute was set to. `error`: the most by which it may miss that of a
+    continuous one, in standard deviations over its training rows."""
+
+    probability: Probability = 0.5
+    error: Positive = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
 class BankSettings:
     """`do`: variable -> the values to set it to ("all": every category). Each value is one counterfactual per
     image; an image's own value is not made again. `shard_megabytes`: size of one file; null: 64, and more in
-    a bank of more than 1,024 such files."""
+    a bank of more than 1,024 such files. `gate`: rejects what does not show its do(); null: all is shown."""
 
     do: dict[str, Literal["all"] | tuple[str | float, ...]] = Field(default_factory=dict)
     shard_megabytes: Count | None = None
+    gate: GateSettings | None = None
 
     @property
     def variables(self) -> set[str]:

@@ -5,18 +5,17 @@
     shard-00000.npy       (n, 1+K, C, H, W) uint8 or uint16: the real image, then its K counterfactuals
     shard-00000.parquet   the shard's part of the index
     shard-00000.json      the shard's record, written last: a shard with a record is whole
-    index.parquet         one row per (item, slot): the parts of all shards in order
+    index.parquet         one row per (item, slot): the parts of all shards in order; of a gated bank (see
+                          `cfssl.bank.gate`) with the gate's columns, and bank.json with what it let through
 
 Enters: whole shards (`write_shard`) from any number of processes that need not know of each other, and then
 `finish`. Leaves: a folder for `cfssl.bank.store`. A build may be killed at any time and goes on where it was.
-What is said twice mends each other: bank.json and the records, the index and its parts. Records (JSON) are
-sealed with a fingerprint of their content, other files are described by their size and checksum.
+What is said twice mends each other: bank.json and the records, the index and its parts. A gate is said once,
+so mending drops it, and it has to be applied again. Index and bank.json are written in this order: killed in
+between, the bank refuses to open until `finish` has mended it.
 """
 
 import math
-import mmap
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +26,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from cfssl.bank.records import (
+    create_record,
+    is_sound,
+    read_record,
+    remove_abandoned,
+    size_and_checksum,
+    size_of,
+    write_record,
+)
 from cfssl.errors import UserError
-from cfssl.files import atomic_path, fsync_directory, read_json, write_json
+from cfssl.files import atomic_path, read_json
 from cfssl.provenance import fingerprint
-from cfssl.writers import is_abandoned, owner
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
+GATED_FORMAT = 3  # of a gated bank: a reader of format 2 would show what the gate rejects
 
 View = dict[str, str | float]  # a do(), e.g. {"scanner": "B"}
 
@@ -144,8 +152,7 @@ def finish(folder: Path) -> None:
     """Joins the shards' parts of the index and completes bank.json, after all builders; several may do so at
     once. A finished bank with the same shards is left as it is. Raises `UserError` while shards are
     missing."""
-    path, index = folder / "bank.json", folder / "index.parquet"
-    record = read_bank_record(path)
+    record = read_bank_record(folder / "bank.json")
     plan = Plan.from_json(record["plan"])
     found = [complete_shard(folder, plan, shard) for shard in range(plan.shard_count)]
     missing = [shard for shard, entry in enumerate(found) if entry is None]
@@ -154,11 +161,26 @@ def finish(folder: Path) -> None:
             f"{folder} has {len(found) - len(missing)} of {len(found)} shards, the first missing or damaged "
             f"one is number {missing[0]}; build the missing shards before finishing the bank."
         )
-    if record["shards"] != found or not is_sound(index, record["index"]):
-        with atomic_path(index) as temporary:
-            _join_parts(folder, plan, temporary)
-        write_record(path, _bank_record(plan, found, size_and_checksum(index)))
+    if record["shards"] != found or not is_sound(folder / "index.parquet", record["index"]):
+        _write_index(folder, plan, found)
     remove_abandoned(folder)
+
+
+def write_gate(
+    folder: Path, shards: list[Any], columns: Mapping[str, np.ndarray], gate: Mapping[str, Any]
+) -> None:
+    """Writes the index of a finished bank anew, with the further `columns` (N, 1+K), and bank.json with the
+    record `gate`. Columns and record of an earlier gate go. Raises `UserError`, with nothing touched, unless
+    the bank still has the `shards` that were judged."""
+    record = read_bank_record(folder / "bank.json")
+    plan = Plan.from_json(record["plan"])
+    found = [complete_shard(folder, plan, shard) for shard in range(plan.shard_count)]
+    if not shards == found == record["shards"]:
+        raise UserError(
+            f"The bank {folder} is not what it was when its views were judged: shards were damaged or built "
+            "again; run the build of this bank again, then its gate."
+        )
+    _write_index(folder, plan, shards, columns, gate)
 
 
 def read_bank_record(path: Path, may_be_damaged: bool = False) -> Any:
@@ -167,10 +189,10 @@ def read_bank_record(path: Path, may_be_damaged: bool = False) -> Any:
     if not path.exists():
         raise UserError(f"{path.parent} is no bank, it has no bank.json; check the path or build the bank.")
     found = _format_of(path)
-    if isinstance(found, int) and found != FORMAT:
+    if isinstance(found, int) and found not in (FORMAT, GATED_FORMAT):
         raise UserError(
-            f"{path} has format {found}, this version of cfssl reads format {FORMAT}; build the bank again "
-            "in another folder."
+            f"{path} has format {found}, this version of cfssl reads formats {FORMAT} and {GATED_FORMAT}; "
+            "build the bank again in another folder."
         )
     record = read_record(path)
     if record is None and not may_be_damaged:
@@ -191,23 +213,50 @@ def view_checksum(view: np.ndarray) -> bytes:
 
 
 def _bank_record(
-    plan: Plan, shards: list[Any] | None = None, index: dict[str, Any] | None = None
+    plan: Plan,
+    shards: list[Any] | None = None,
+    index: dict[str, Any] | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What bank.json holds; `shards` and `index` are None until the bank is finished."""
-    return {"format": FORMAT, "plan": plan.to_json(), "index": index, "shards": shards}
+    """What bank.json holds; `shards` and `index` are None until the bank is finished, and there is no `gate`
+    until one was applied."""
+    record = {"format": FORMAT, "plan": plan.to_json(), "index": index, "shards": shards}
+    return record if gate is None else {**record, "format": GATED_FORMAT, "gate": dict(gate)}
 
 
-def _join_parts(folder: Path, plan: Plan, target: Path) -> None:
-    """Writes the parts of the index one after the other, a row group each."""
-    with pq.ParquetWriter(target, pq.read_schema(shard_file(folder, 0, "parquet"))) as writer:
+def _write_index(
+    folder: Path,
+    plan: Plan,
+    shards: list[Any],
+    columns: Mapping[str, np.ndarray] | None = None,
+    gate: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes index.parquet, then bank.json. The index is described before it is in its place, where another
+    process may already have put its own."""
+    with atomic_path(folder / "index.parquet") as temporary:
+        _join_parts(folder, plan, temporary, columns or {})
+        index = size_and_checksum(temporary)
+    write_record(folder / "bank.json", _bank_record(plan, shards, index, gate))
+
+
+def _join_parts(folder: Path, plan: Plan, target: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes the parts of the index one after the other, a row group each, with the further `columns` (N,
+    1+K)."""
+    schema = pq.read_schema(shard_file(folder, 0, "parquet"))
+    whole = schema
+    for name, values in columns.items():
+        whole = whole.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
+    with pq.ParquetWriter(target, whole) as writer:
         for shard in range(plan.shard_count):
-            file, expected = shard_file(folder, shard, "parquet"), len(plan.items(shard)) * plan.slots
-            part = pq.read_table(file)
-            if len(part) != expected or part.schema != writer.schema:
+            file, items = shard_file(folder, shard, "parquet"), plan.items(shard)
+            part, expected = pq.read_table(file), len(items) * plan.slots
+            if len(part) != expected or part.schema != schema:
                 raise UserError(
                     f"{file} has {len(part)} rows of {part.schema.names}, expected {expected} of "
-                    f"{writer.schema.names}; delete it and build this shard again."
+                    f"{schema.names}; delete it and build this shard again."
                 )
+            for name, values in columns.items():
+                part = part.append_column(name, pa.array(values[items.start : items.stop].ravel()))
             writer.write_table(part, row_group_size=expected)
 
 
@@ -253,67 +302,3 @@ def _refuse_shards_of_another_plan(folder: Path, plan: Plan) -> None:
                 f"{folder / 'bank.json'} is damaged and {sidecar.name} belongs to a bank with another plan "
                 f"({record['plan']}, not {plan.key}); nothing was changed: choose another folder."
             )
-
-
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes sealed JSON, in the place of what is there."""
-    write_json(path, sealed(content))
-
-
-def create_record(path: Path, content: Mapping[str, Any]) -> bool:
-    """Writes sealed JSON where there is no file yet, and returns whether it did. Of several processes that
-    try at once, one does."""
-    own = path.with_name(f".{path.name}.{owner()}.new.part")
-    write_json(own, sealed(content))
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        return False
-    except OSError:  # no links on this file system: of two processes within a moment both would write
-        if path.exists():
-            return False
-        own.replace(path)
-    finally:
-        own.unlink(missing_ok=True)
-    fsync_directory(path.parent)
-    return True
-
-
-def read_record(path: Path) -> Any:
-    """The content of a sealed JSON file with its fingerprint; None where it is missing or not as it was
-    written."""
-    try:
-        found = read_json(path)
-        return found if isinstance(found, dict) and found == sealed(found) else None
-    except ValueError:  # UserError, UnicodeDecodeError, and numbers that are none
-        return None
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with the fingerprint of all the rest of it."""
-    rest = {name: value for name, value in content.items() if name != "fingerprint"}
-    return {**rest, "fingerprint": fingerprint(rest)}
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Removes the temporary files of writers that are certainly gone."""
-    for file in folder.glob(".*.part"):
-        if is_abandoned(file, time.time()):
-            file.unlink(missing_ok=True)
-
-
-def size_of(file: Path) -> int | None:
-    """Bytes of a file, None where there is none."""
-    return file.stat().st_size if file.is_file() else None
-
-
-def size_and_checksum(file: Path) -> dict[str, Any]:
-    """Of the whole file, header included. xxh3 reads 64 MB in 4 ms where blake2b takes 70; it is there to
-    find accidents, not forgers."""
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return {"bytes": len(content), "checksum": xxhash.xxh3_128_hexdigest(content)}
-
-
-def is_sound(file: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a file is there with the size and checksum of its entry."""
-    return size_of(file) == entry["bytes"] and size_and_checksum(file)["checksum"] == entry["checksum"]

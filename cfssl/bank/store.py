@@ -5,12 +5,7 @@ pixels at the speed of memory, and `verify`, which names every damaged view. Slo
 the k-th do().
 """
 
-import errno
-import math
-import mmap
-import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,28 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from cfssl.bank.shards import (
-    Plan,
-    complete_shard,
-    is_sound,
-    read_bank_record,
-    read_record,
-    sealed,
-    shard_file,
-    size_of,
-    view_checksum,
-)
+from cfssl.bank.maps import ShardMaps
+from cfssl.bank.records import is_sound, read_record, refuse_wrong_size, sealed, size_of
+from cfssl.bank.shards import Plan, complete_shard, read_bank_record, shard_file, view_checksum
 from cfssl.errors import UserError
-
-MAPS = 4096  # shards mapped at a time: each takes a file descriptor and one of a process's 65,530 regions
-OTHER_FILES = 256  # descriptors left for the rest of the process
-COPY_ONE_BY_ONE = 32 * 1024  # bytes of a view from which the copying takes the time, not the calls
 
 
 class Bank:
     """An opened bank. Opening costs one JSON file and one `stat` per shard; a shard is mapped, and its
-    checksum compared, when it is first read. Of very many shards, those mapped longest ago are closed again.
+    checksum compared, when it is first read (see `cfssl.bank.maps`), and the index whenever it is read.
     Sent to another process, a bank travels as its path and is opened again there.
+
+    `shards`: rows, size and checksums of each shard, as bank.json tells them. `gate`: what the gate of the
+    bank let through (see `cfssl.bank.gate.apply_gate`); None of a bank without one.
     """
 
     def __init__(
@@ -67,16 +53,13 @@ class Bank:
             )
         self.fingerprint: str = record["fingerprint"]
         self.shape, self.views, self.dtype = self.plan.shape, self.plan.views, np.dtype(self.plan.dtype)
-        self._shards, self._index = record["shards"], record["index"]
-        for shard, entry in enumerate(self._shards):
-            _refuse_wrong_size(self._file(shard), entry)
-        _refuse_wrong_size(self._index_file, self._index)
-        self._index_is_checked = False
-        self._maps: dict[int, np.ndarray] = {}  # by shard, in the order of mapping
-        self._addresses = np.zeros(len(self._shards), dtype=np.int64)  # 0: not mapped
-        self._is_checked = np.zeros(len(self._shards), dtype=bool)
-        self._most_maps = _allow_open_files(min(len(self._shards), MAPS))
-        self._lock = threading.Lock()  # no thread may close a map that another one reads
+        self.shards: list[dict[str, Any]] = record["shards"]
+        self.gate: dict[str, Any] | None = record.get("gate")
+        self._index = record["index"]
+        for shard, entry in enumerate(self.shards):
+            refuse_wrong_size(self._file(shard), entry)
+        self._refuse_index_of_other_size()
+        self._maps = ShardMaps(self.path, self.plan, self.shards)
 
     @classmethod
     def open(
@@ -106,7 +89,8 @@ class Bank:
     def index(self) -> pd.DataFrame:
         """One row per (item, slot), item by item: item, slot, row (of the table), do (JSON), available, seed
         (of what the do() makes follow; -1: nothing follows), checksum (16 bytes), then `factual.NAME` and
-        `counterfactual.NAME` of every attribute in natural values."""
+        `counterfactual.NAME` of every attribute in natural values; of a gated bank also quality, error and
+        accepted (see `cfssl.bank.gate`)."""
         return self._read_index(None).to_pandas()
 
     @cached_property
@@ -115,10 +99,17 @@ class Bank:
         return self._column("row")[:, 0].copy()
 
     @cached_property
-    def available(self) -> np.ndarray:
-        """(N, 1+K) bool. False where the do() would set what is already so, or the row lacks a parent of the
-        image or a variable that the do() concerns; such a slot shows the real image."""
+    def made(self) -> np.ndarray:
+        """(N, 1+K) bool, the index's `available`. False where the do() would set what is already so, or the
+        row lacks a parent of the image or a variable that the do() concerns; such a slot holds the real
+        image."""
         return self._column("available")
+
+    @cached_property
+    def available(self) -> np.ndarray:
+        """(N, 1+K) bool: what may be shown. False where nothing was made (see `made`), and for what the gate
+        of the bank rejects."""
+        return self.made if self.gate is None else self._column("accepted")
 
     def subset(self, rows: np.ndarray) -> "Subset":
         """The items whose table rows are among `rows`, in the order of the bank."""
@@ -142,94 +133,7 @@ class Bank:
         first = items.astype(np.int64) * self.plan.slots
         views = (first if slots.ndim == 1 else first[:, None]) + slots
         shard, local = np.divmod(views.ravel(), self.plan.rows_per_shard * self.plan.slots)
-        with self._lock:
-            found = self._read(shard, local)
-        return found.view(self.dtype).reshape(*slots.shape, *self.shape)
-
-    def _read(self, shard: np.ndarray, local: np.ndarray) -> np.ndarray:
-        """The bytes (n, size) of the views numbered `local` within their shards."""
-        if self._addresses[shard].all():
-            return self._copy(shard, local)
-        numbers = np.unique(shard)
-        if len(numbers) <= self._most_maps:
-            self._map_together(numbers)
-            return self._copy(shard, local)
-        found = np.empty((len(shard), self.plan.view_bytes), dtype=np.uint8)
-        for start in range(0, len(numbers), self._most_maps):
-            some = numbers[start : start + self._most_maps]
-            chosen = (some[0] <= shard) & (shard <= some[-1])
-            self._map_together(some)
-            found[chosen] = self._copy(shard[chosen], local[chosen])
-        return found
-
-    def _copy(self, shard: np.ndarray, local: np.ndarray) -> np.ndarray:
-        """The bytes (n, size) of the views numbered `local` within their shards, all mapped."""
-        size = self.plan.view_bytes
-        if size < COPY_ONE_BY_ONE and len(shard):
-            base, unit, window = self._window
-            return window[(self._addresses[shard] - base) // unit + local * (size // unit)]
-        found = np.empty((len(shard), size), dtype=np.uint8)
-        for target, number, start in zip(found, shard.tolist(), (local * size).tolist(), strict=True):
-            target[:] = self._maps[number][start : start + size]
-        return found
-
-    @cached_property
-    def _window(self) -> tuple[int, int, np.ndarray]:
-        """All mapped shards as one array (base, unit, window): row k is the view that starts `k * unit` bytes
-        after the lowest mapped address `base`. A batch over many shards is then one gather; a gather per
-        shard would copy every view twice, once out of its shard and once into its place.
-
-        The window spans memory between the shards that is not ours, so only numbers of stored views may index
-        it: `gather` refuses all others.
-        """
-        mapped = self._maps.values()
-        lowest = min(mapped, key=lambda data: data.ctypes.data)
-        base = lowest.ctypes.data
-        top = max(data.ctypes.data + data.nbytes for data in mapped)
-        size = self.plan.view_bytes
-        unit = math.gcd(
-            64, size
-        )  # maps start on pages and .npy data on multiples of 64, so each view starts on a unit
-        shape = ((top - base - size) // unit + 1, size)
-        return base, unit, np.lib.stride_tricks.as_strided(lowest, shape, (unit, 1), writeable=False)
-
-    def _map_together(self, shards: np.ndarray) -> None:
-        """Maps all of `shards`, at most `_most_maps`, and closes others if these become too many."""
-        missing = [int(shard) for shard in shards if not self._addresses[shard]]
-        surplus = len(self._maps) + len(missing) - self._most_maps
-        if surplus > 0:
-            wanted = set(shards.tolist())
-            for shard in [shard for shard in self._maps if shard not in wanted][:surplus]:
-                self._addresses[shard] = 0
-                del self._maps[shard]
-        for shard in missing:
-            self._map(shard)
-
-    def _map(self, shard: int) -> None:
-        file, entry = self._file(shard), self._shards[shard]
-        _refuse_wrong_size(file, entry)
-        try:
-            with file.open("rb") as stream:
-                content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENOMEM):
-                raise
-            raise UserError(
-                f"{file} cannot be mapped ({error.strerror}), beside {len(self._maps)} other shards of this "
-                "bank; raise `ulimit -n` or vm.max_map_count, or build the bank with a larger "
-                "shard_megabytes."
-            ) from None
-        found = None if self._is_checked[shard] else xxhash.xxh3_128_hexdigest(content)
-        if found not in (None, entry["checksum"]):
-            raise UserError(
-                f"{file} is damaged: its checksum is {found}, expected {entry['checksum']}; delete the file "
-                f"and run the build of this bank again (`cfssl bank verify {self.path}` names the views)."
-            )
-        self._is_checked[shard] = True
-        header = entry["bytes"] - entry["rows"] * self.plan.slots * self.plan.view_bytes
-        data = np.frombuffer(content, dtype=np.uint8, offset=header)
-        self._maps[shard], self._addresses[shard] = data, data.ctypes.data
-        self.__dict__.pop("_window", None)
+        return self._maps.read(shard, local).view(self.dtype).reshape(*slots.shape, *self.shape)
 
     def _file(self, shard: int) -> Path:
         return shard_file(self.path, shard, "npy")
@@ -242,19 +146,33 @@ class Bank:
         return self._read_index([name])[name].to_numpy().reshape(len(self), self.plan.slots)
 
     def _read_index(self, columns: list[str] | None) -> pa.Table:
-        if not self._index_is_checked and not is_sound(self._index_file, self._index):
-            raise UserError(
-                f"{self._index_file} does not agree with its checksum; run the build of this bank again, "
-                "which makes it anew."
-            )
-        self._index_is_checked = True
-        found, expected = pq.read_table(self._index_file, columns=columns), len(self) * self.plan.slots
+        """Reads what it has checked: a file put in its place meanwhile would be another one."""
+        self._refuse_index_of_other_size()
+        with pa.memory_map(str(self._index_file)) as stream:
+            content = stream.read_buffer()
+        if xxhash.xxh3_128_hexdigest(content) != self._index["checksum"]:
+            raise self._other_index("does not agree with its checksum")
+        found = pq.read_table(pa.BufferReader(content), columns=columns)
+        expected = len(self) * self.plan.slots
         if len(found) != expected:
             raise UserError(
                 f"{self._index_file} has {len(found)} rows, expected {expected}, one per item and slot; "
                 "build the bank again."
             )
         return found
+
+    def _refuse_index_of_other_size(self) -> None:
+        size, expected = size_of(self._index_file), self._index["bytes"]
+        if size is None:
+            raise self._other_index("is missing")
+        if size != expected:
+            raise self._other_index(f"has {size} bytes, expected {expected}, so it was truncated or replaced")
+
+    def _other_index(self, what: str) -> UserError:
+        return UserError(
+            f"{self._index_file} {what}; if the gate of this bank was being written, open the bank again, "
+            "else run its build again, which makes the file anew."
+        )
 
     def _refuse_other(self, what: str, wanted: str | None, found: str | None) -> None:
         if wanted is not None and wanted != found:
@@ -287,7 +205,7 @@ def verify(bank: Bank, progress: Callable[[int, int], None] | None = None) -> li
     shard."""
     index_is_sound = is_sound(bank._index_file, bank._index)
     found = [] if index_is_sound else [f"{bank._index_file.name} does not agree with its checksum"]
-    for shard, entry in enumerate(bank._shards):
+    for shard, entry in enumerate(bank.shards):
         if not is_sound(bank._file(shard), entry):
             found += _damage(bank, shard, index_is_sound)
         part, record = (shard_file(bank.path, shard, kind) for kind in ("parquet", "json"))
@@ -301,7 +219,7 @@ def verify(bank: Bank, progress: Callable[[int, int], None] | None = None) -> li
 
 
 def _damage(bank: Bank, shard: int, index_is_sound: bool) -> list[str]:
-    file, entry, plan = bank._file(shard), bank._shards[shard], bank.plan
+    file, entry, plan = bank._file(shard), bank.shards[shard], bank.plan
     bytes_found = size_of(file)
     if bytes_found is None:
         return [f"{file.name} is missing"]
@@ -332,34 +250,8 @@ def _shows(bank: Bank, slot: int) -> str:
     return f"do({', '.join(f'{name}={value}' for name, value in bank.views[slot - 1].items())})"
 
 
-def _refuse_wrong_size(file: Path, entry: Mapping[str, Any]) -> None:
-    size = size_of(file)
-    if size is None:
-        raise UserError(f"{file} is missing; run the build of this bank again, which makes it anew.")
-    if size != entry["bytes"]:
-        raise UserError(
-            f"{file} has {size} bytes, expected {entry['bytes']}, so it was truncated or replaced; run the "
-            "build of this bank again, which makes it anew."
-        )
-
-
 def _refuse_outside(what: str, numbers: np.ndarray, count: int) -> None:
     if numbers.dtype.kind not in "iu":
         raise IndexError(f"{what} are {numbers.dtype}, expected integers.")
     if numbers.size and (numbers.min() < 0 or numbers.max() >= count):
         raise IndexError(f"{what} reach from {numbers.min()} to {numbers.max()}, expected 0 to {count - 1}.")
-
-
-def _allow_open_files(maps: int) -> int:
-    """How many of `maps` files may be mapped. Each holds a file descriptor, and many systems allow 1,024
-    unless a process asks for more; some are left for others."""
-    if sys.platform == "win32":
-        return maps
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = maps + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted and soft != hard:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return maps if soft == resource.RLIM_INFINITY else max(1, min(maps, soft - OTHER_FILES))

@@ -30,14 +30,8 @@ from bank_toys import (
 )
 
 from cfssl.bank.build import plan_bank, plan_views, shard_megabytes
-from cfssl.bank.shards import (
-    begin,
-    finish,
-    size_and_checksum,
-    view_checksum,
-    write_record,
-    write_shard,
-)
+from cfssl.bank.records import size_and_checksum, write_record
+from cfssl.bank.shards import begin, finish, view_checksum, write_shard
 from cfssl.bank.store import Bank, verify
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfssl.bank import store
+from cfssl.bank import maps as shard_maps
 from cfssl.bank.build import build
-from cfssl.bank.shards import FORMAT, size_and_checksum, write_record
-from cfssl.bank.store import COPY_ONE_BY_ONE, OTHER_FILES, Bank, verify
+from cfssl.bank.maps import COPY_ONE_BY_ONE, OTHER_FILES, allow_open_files
+from cfssl.bank.records import size_and_checksum, write_record
+from cfssl.bank.shards import GATED_FORMAT
+from cfssl.bank.store import Bank, verify
 from cfssl.errors import UserError
 
 VIEWS = [{"scanner": name} for name in toys.SCANNERS]
@@ -175,8 +177,8 @@ def truncate(file):
         (lambda path: (path / "bank.json").unlink(), "is no bank"),
         (lambda path: truncate(path / "bank.json") or truncate(path / "bank.json"), r"bank\.json is damaged"),
         (
-            lambda path: edit_record(path, format=FORMAT + 1),
-            rf"format {FORMAT + 1}, this version .* reads format",
+            lambda path: edit_record(path, format=GATED_FORMAT + 1),
+            rf"format {GATED_FORMAT + 1}, this version .* reads format",
         ),
         (lambda path: edit_record(path, plan={}), "damaged or was edited"),
         (lambda path: edit_record(path, index={}), "damaged or was edited"),
@@ -291,7 +293,7 @@ def open_maps(path):
 def test_of_many_shards_few_are_mapped_at_a_time(tmp_path, monkeypatch, side):
     path = make_bank(tmp_path, count=11, rows_per_shard=1, shape=(1, side, side))
     expected = stored(path)
-    monkeypatch.setattr(store, "MAPS", 3)
+    monkeypatch.setattr(shard_maps, "MAPS", 3)
     bank = Bank.open(path)
     rng = np.random.default_rng(0)
     for count in [1, 2, 3, 4, 11, 40, 2, 2, 2, 2]:  # fewer and more shards in a batch than may be mapped
@@ -305,7 +307,7 @@ def test_of_many_shards_few_are_mapped_at_a_time(tmp_path, monkeypatch, side):
 def test_threads_may_read_a_bank_whose_maps_come_and_go(tmp_path, monkeypatch):
     path = make_bank(tmp_path, count=12, rows_per_shard=1)
     expected, wrong = stored(path), []
-    monkeypatch.setattr(store, "MAPS", 2)
+    monkeypatch.setattr(shard_maps, "MAPS", 2)
     bank = Bank.open(path)
 
     def read(seed):
@@ -337,5 +339,5 @@ def test_as_many_shards_are_mapped_as_the_system_lets_a_process_open_files(monke
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda what, wanted: asked.append(wanted[0]))
-    assert store._allow_open_files(4096) == maps
+    assert allow_open_files(4096) == maps
     assert asked == ([] if raised is None else [raised])
