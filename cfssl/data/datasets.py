@@ -1,4 +1,4 @@
-"""The data sets a recipe can name: the phantom, Morpho-MNIST, and any table of one's own.
+"""The data sets a recipe can name: phantoms, Morpho-MNIST, and any table of one's own.
 
 Enters: a `data:` section. Leaves: a prepared, memory-mapped `ImageTable`.
 """
@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from cfssl.data.morphomnist import morphomnist_state, prepare_morphomnist
 from cfssl.data.phantoms.chest import ChestWorld
-from cfssl.data.phantoms.world import WorldTruth, build_world
+from cfssl.data.phantoms.tube import TubeWorld
+from cfssl.data.phantoms.world import SPLIT_SHARES, WorldTruth, build_world
 from cfssl.data.prepare import changed_files, plain, prepare, save_prepared, source_state
 from cfssl.data.regions import Layout
 from cfssl.data.sources import AttributeSpec, TableSource
@@ -26,8 +27,8 @@ from cfssl.errors import UserError
 from cfssl.settings import STRICT, Count, Probability
 
 DOMAINS = {"A": 0.6, "B": 0.25, "C": 0.1, "D": 0.05}
+TUBE_DOMAINS = {"soft": 0.7, "sharp": 0.3}
 COMPARED = 10_000  # files compared at every opening; `cfssl check` compares all
-SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,6 +48,23 @@ class PhantomChestSettings:
     @property
     def world(self) -> ChestWorld:
         return ChestWorld(self.size, self.domains, self.rho, self.balanced_test)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PhantomTubeSettings:
+    """Straightened coronary arteries with a known causal model; see data/phantoms/tube.py. `domains`: share
+    of each kernel. `splits`: shares of `count`."""
+
+    name: Literal["phantom_tube"] = "phantom_tube"
+    size: Literal[32, 64] = 64
+    count: Count = 4000
+    domains: dict[str, Probability] = Field(default_factory=lambda: dict(TUBE_DOMAINS))
+    splits: dict[str, Probability] = Field(default_factory=lambda: dict(SPLIT_SHARES))
+    seed: int = 0
+
+    @property
+    def world(self) -> TubeWorld:
+        return TubeWorld(self.size, self.domains)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -98,7 +116,7 @@ class TableSettings:
         )
 
 
-PhantomSettings = PhantomChestSettings
+PhantomSettings = PhantomChestSettings | PhantomTubeSettings
 DataSettings = PhantomSettings | MorphoMNISTSettings | TableSettings
 
 

@@ -14,6 +14,7 @@ from cfssl.data.columns import AttributeSpec
 from cfssl.data.datasets import (
     MorphoMNISTSettings,
     PhantomChestSettings,
+    PhantomTubeSettings,
     TableSettings,
     check_files,
     data_source,
@@ -53,6 +54,10 @@ SETTINGS: list[tuple[Any, dict[str, Any]]] = [
         | {"areas": {"m": "thirds"}}
         | {"where": {"site": ("a",)}, "attributes": {"site": AttributeSpec("categorical")}}
         | SPLIT,
+    ),
+    (
+        PhantomTubeSettings(),
+        {"size": 32, "count": 9, "seed": 1, "domains": {"soft": 1.0}, "splits": {"train": 1.0}},
     ),
     (MorphoMNISTSettings("."), {"size": 40, "part": "train"} | SPLIT),
 ]

@@ -25,7 +25,8 @@ from torch import Tensor
 from cfssl.data.phantoms import chest_anatomy
 from cfssl.data.phantoms.chest_anatomy import MASKS, REGIONS
 from cfssl.data.phantoms.chest_scanner import SCANNERS as MACHINES
-from cfssl.data.phantoms.chest_scanner import acquire, noise_field
+from cfssl.data.phantoms.chest_scanner import acquire
+from cfssl.data.phantoms.fields import noise_field
 from cfssl.data.phantoms.world import (
     Factor,
     Noise,

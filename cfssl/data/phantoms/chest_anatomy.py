@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cfssl.data.phantoms.fields import Floats, bell, between, coverage, ramp, textures
+from cfssl.data.phantoms.fields import Floats, bell, between, bumps, coverage, ramp, textures
 
 REGIONS = ("left_upper", "left_middle", "left_lower", "right_upper", "right_middle", "right_lower")
 MASKS = ("left_lung", "right_lung", "heart", "effusion")
@@ -46,13 +46,6 @@ class Anatomy:
     attenuation: Floats  # (n, H, W), about 0 to 1.2
     masks: NDArray[np.uint8]  # (n, 4, H, W), channels as in MASKS
     areas: Floats  # (n, 6), columns as in REGIONS: share of the image covered by that third of the lung
-
-
-def bumps(t: Floats) -> tuple[Floats, Floats, Floats]:
-    """Where the upper, middle and lower factors act along the lung; each vanishes at the thirds' borders."""
-    upper = 1 - ramp(t, 0.12, 1 / 3)
-    middle = ramp(t, 1 / 3, 0.48) * (1 - ramp(t, 0.52, 2 / 3))
-    return upper, middle, ramp(t, 2 / 3, 0.88)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from cfssl.data.phantoms.fields import Floats, blur_matrix
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,6 @@ SCANNERS = {
     "C": Scanner((-0.30, 1.25), 1.0, 0.90, 0.030, 0.9, 0.20, (0, 0, 3, 3), (5, 3), GLYPH_R),
     "D": Scanner((0.0, 1.0), 2.4, 0.80, 0.045, 1.2, 0.40, (3, 3, 3, 3), (5, -9), GLYPH_R),
 }
-
-
-def blur_matrix(size: int, sigma: float) -> Floats:
-    """(size, size) Gaussian filter; rows sum to 1, so that edges are not darkened."""
-    if sigma <= 0:
-        return np.eye(size, dtype=np.float32)
-    distance = np.arange(size)[:, None] - np.arange(size)[None]
-    weights = np.where(np.abs(distance) < 4 * sigma, np.exp(-0.5 * (distance / sigma) ** 2), 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def noise_field(seeds: NDArray[np.int64], size: int) -> Floats:
-    """White noise of variance 1, (n, size, size)."""
-    return np.stack(
-        [np.random.default_rng(seed).standard_normal((size, size), dtype=np.float32) for seed in seeds]
-    )
 
 
 def marker_stamp(size: int, scanner: Scanner) -> tuple[slice, slice, Floats]:

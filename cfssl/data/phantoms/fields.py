@@ -1,4 +1,4 @@
-"""What the phantoms draw with: soft edges, bells, ramps and smooth random fields, all float32 numpy.
+"""What the phantoms draw with: soft edges, bells, ramps, filters and random fields, all float32 numpy.
 
 A value depends on its own row of the batch alone, so that rows can be drawn in any grouping with the same
 bytes.
@@ -36,6 +36,14 @@ def between(limits: tuple[float, float], share: Floats) -> Floats:
     return limits[0] + (limits[1] - limits[0]) * share
 
 
+def bumps(t: Floats) -> tuple[Floats, Floats, Floats]:
+    """Where the factors of three thirds act along a structure, t from 0 to 1: each vanishes at the borders of
+    its own."""
+    upper = 1 - ramp(t, 0.12, 1 / 3)
+    middle = ramp(t, 1 / 3, 0.48) * (1 - ramp(t, 0.52, 2 / 3))
+    return upper, middle, ramp(t, 2 / 3, 0.88)
+
+
 def upsample_matrix(size: int, cells: int) -> Floats:
     """(size, cells) weights of a smooth (cubic B-spline) interpolation, scaled so that unit noise on the
     cells keeps about unit variance on the pixels."""
@@ -59,3 +67,19 @@ def textures(seeds: NDArray[np.int64], size: int, grids: Sequence[int]) -> list[
         weights = upsample_matrix(size, cells)
         fields.append(np.asarray(weights @ part.reshape(-1, cells, cells) @ weights.T, np.float32))
     return fields
+
+
+def blur_matrix(size: int, sigma: float) -> Floats:
+    """(size, size) Gaussian filter; rows sum to 1, so that edges are not darkened."""
+    if sigma <= 0:
+        return np.eye(size, dtype=np.float32)
+    distance = np.arange(size)[:, None] - np.arange(size)[None]
+    weights = np.where(np.abs(distance) < 4 * sigma, np.exp(-0.5 * (distance / sigma) ** 2), 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def noise_field(seeds: NDArray[np.int64], size: int) -> Floats:
+    """White noise of variance 1, (n, size, size)."""
+    return np.stack(
+        [np.random.default_rng(seed).standard_normal((size, size), dtype=np.float32) for seed in seeds]
+    )

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from cfssl.data.phantoms import chest, chest_anatomy
 from cfssl.data.phantoms import world as world_room
 from cfssl.data.phantoms.chest import MASKS, REGIONS, SCANNERS, ChestWorld, build, render, sample
-from cfssl.data.phantoms.chest_scanner import blur_matrix
+from cfssl.data.phantoms.fields import blur_matrix
 from cfssl.errors import UserError
 from cfssl.seeds import torch_generator
 
