@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from cfssl.bank.settings import BankSettings
-from cfssl.data.datasets import MorphoMNISTSettings, PhantomChestSettings, TableSettings
+from cfssl.data.datasets import (
+    MorphoMNISTSettings,
+    PhantomChestSettings,
+    PhantomTubeSettings,
+    TableSettings,
+)
 from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
@@ -29,7 +34,7 @@ from cfssl.models.backbone import BackboneSettings
 from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.objectives.supervised import SupervisedSettings
 
-DataSettings = PhantomChestSettings | MorphoMNISTSettings | TableSettings
+DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
 GeneratorSettings = HVAESettings | OracleSettings
 
 
