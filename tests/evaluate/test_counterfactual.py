@@ -13,11 +13,15 @@ from cfssl.data.table import Attribute, Attributes, ImageTable
 from cfssl.engine.run import Run
 from cfssl.errors import UserError
 from cfssl.evaluate.counterfactual import (
+    against_truth,
+    assert_independent,
     composition,
     distance_to_truth,
     effectiveness,
     grey_levels,
     reversibility,
+    split_change,
+    squared_grey_levels,
 )
 from cfssl.generators.base import Exogenous, counterfactual, intervention, propagate
 from cfssl.generators.oracle import OracleGenerator, OracleSettings
@@ -184,6 +188,81 @@ def test_distance_to_truth_is_zero_for_the_truth_and_the_shift_for_the_unchanged
     generated, unchanged = distance_to_truth(truth, truth, X)
     np.testing.assert_allclose(generated, 0)
     assert unchanged == pytest.approx(np.full(5, 12.75), rel=1e-4)
+
+
+def test_cycles_are_null_interventions_one_after_the_other_fed_with_what_came_out() -> None:
+    """Composition is d(x, f^m(x)), not m times d(x, f(x)): each cycle of this generator halves what is left
+    of the rest of the image."""
+
+    class Halves(Shift):
+        def predict(self, u: Exogenous, pa_cf: Attributes) -> torch.Tensor:
+            return u["mean"] + self._shift(pa_cf)
+
+    rest = X - Shift()._shift(PA)
+    for cycles in (1, 10):
+        expected = grey_levels((1 - 0.5**cycles) * rest, torch.zeros_like(rest))
+        np.testing.assert_allclose(composition(Halves(0.5), X, PA, cycles), expected, rtol=1e-4)
+
+
+def test_reversibility_leaves_the_residual_out_where_asked() -> None:
+    """Two abductions a cycle each lose half of the rest."""
+    rest = X - Shift()._shift(PA)
+    expected = grey_levels(0.75 * rest, torch.zeros_like(rest))
+    found = reversibility(WithResidual(forgets=0.5), X, PA, DO, residual=0.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with pytest.raises(UserError, match="Shift has no pixel residual"):
+        reversibility(Shift(), X, PA, DO, residual=0.5)
+
+
+def test_the_true_change_is_all_effect_and_a_change_across_it_is_all_amplification() -> None:
+    factual = X[:4]
+    d, across = torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)
+    d[:, :, :4], across[:, :, 4:] = 0.3, 0.2
+    d[3] = 0
+    e = torch.stack([d[0], across[1], 0.5 * d[2] + across[2], across[3]])
+    found = split_change(factual + e, factual + d, factual)
+    length = 0.2 * 32**0.5
+    np.testing.assert_allclose(found.effectiveness, [1, 0, 0.5, np.nan], atol=1e-6)
+    np.testing.assert_allclose(found.amplification, [0, length, length, np.nan], atol=1e-6)
+    np.testing.assert_allclose(found.uncalled, [np.nan, np.nan, np.nan, length], atol=1e-6)
+
+
+def test_the_split_of_a_change_is_that_of_the_published_formula() -> None:
+    rng = torch_generator("split")
+    factual, truth, images = (torch.rand(6, 2, 8, 8, generator=rng) * 2 - 1 for _ in range(3))
+    found = split_change(images, truth, factual)
+    for place in range(6):
+        d, e = ((batch[place] - factual[place]).double().flatten() for batch in (truth, images))
+        along = float(d @ e / d.norm())
+        assert found.effectiveness[place] == pytest.approx(float(d @ e / d.norm() ** 2), abs=1e-6)
+        assert found.amplification[place] == pytest.approx(
+            max(0.0, float(e.norm() ** 2) - along**2) ** 0.5, abs=1e-6
+        )
+
+
+def test_against_the_truth_unchanged_images_have_ratio_one_and_the_truth_has_none() -> None:
+    rng = torch_generator("ratio")
+    truth = X + 0.1 * torch.rand(X.shape, generator=rng)
+    copied, perfect = against_truth(X, truth, X, resamples=50), against_truth(truth, truth, X, resamples=50)
+    assert {copied["l1_ratio"][key] for key in ("value", "low", "high")} == {1.0}
+    assert copied["effectiveness"]["value"] == 0
+    assert perfect["l1_ratio"]["value"] == perfect["mse_ratio"]["value"] == 0
+    assert perfect["effectiveness"]["value"] == pytest.approx(1)
+    assert perfect["amplification"]["value"] == pytest.approx(0, abs=1e-9)
+    assert perfect["uncalled"]["value"] is None
+    expected = (((truth - X).double() * 127.5) ** 2).mean()
+    assert copied["mse"]["value"] == pytest.approx(float(expected))
+    assert squared_grey_levels(X, X).max() == 0
+    still = against_truth(X, X, X, resamples=20)
+    assert still["l1_ratio"]["reason"] == "the truth changes no image"
+    assert (still["uncalled"]["value"], still["effectiveness"]["value"]) == (0, None)
+
+
+def test_a_judge_that_was_the_guide_is_refused() -> None:
+    guides = {"the classifier of disease": "aa11", "the segmentor": "bb22"}
+    assert_independent("cc33", guides)
+    with pytest.raises(UserError, match="fingerprint bb22, which is that of the segmentor"):
+        assert_independent("bb22", guides)
 
 
 @pytest.mark.parametrize("view", [{"scanner": "D"}, {"age": 85.0}])
