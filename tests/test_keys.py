@@ -41,6 +41,20 @@ PHANTOM: dict[str, Any] = {
     "evaluate": [{"name": "knn", "target": "disease"}],
 }
 ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "disease"]}}
+PUBLISHED = PHANTOM | {
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner"],
+        "network": {
+            "name": "published",
+            "size": "ukbb64",
+            "encoder": "64b1d2,32b2d2,16b1d2,8b1d2,4b1d4,1b1",
+            "decoder": "1b1,4b2,8b1,16b1,32b1,64b1",
+            "widths": [8, 8, 8, 8, 16, 16],
+            "latents": [4, 4, 2, 2, 1, 1],
+        },
+    }
+}
 TABLE: dict[str, Any] = {
     "name": "table",
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
@@ -75,8 +89,11 @@ OTHERS: dict[str, Any] = {
     "generator.graph": {"disease": ["sex"]},
     "generator.attributes.mechanisms": {"age": "spline"},
     "generator.attributes.hidden": [8],
-    "generator.network.widths": [8, 8, 8, 8],
-    "generator.network.latents": [2, 2, 2],
+    "generator.network.size": "celeba64",
+    "generator.network.encoder": "64b1d2,32b1d2,16b1d2,8b1d2,4b1d4,1b1",
+    "generator.network.decoder": "1b1,4b1,8b1,16b1,32b1,64b1",
+    "generator.network.z_max_res": 32,
+    "generator.network.block": "default",
     "generator.likelihood": "discretised",
     "generator.prior": "mediator",
     "generator.conditioning_dropout": ["scanner"],
@@ -106,7 +123,9 @@ ALONG = {  # what has to change with it
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}},
 }
-CHOICES = {f"{section}.name" for section in ("data", "generator", "generator.network", "objective")}  # of the section's class
+CHOICES = {
+    f"{section}.name" for section in ("data", "generator", "generator.network", "objective")
+}  # of the section's class
 TOGETHER = {"generator", "bank.do", "views.counterfactual"}  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}
@@ -141,6 +160,8 @@ def another(key: str, value: Any) -> Any:
         return value / 2 + 0.003
     if isinstance(value, tuple) and value and all(isinstance(entry, float) for entry in value):
         return [entry / 2 + 0.003 for entry in value]
+    if value and isinstance(value, tuple) and all(isinstance(entry, int) for entry in value):
+        return [entry * 2 for entry in value]
     if value is None:
         return 2.0
     raise AssertionError(f"OTHERS has no other value for {key} = {value!r}")
@@ -175,7 +196,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, ORACLE, TABLE, DIGITS):
+    for content in (PHANTOM, ORACLE, PUBLISHED, TABLE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):

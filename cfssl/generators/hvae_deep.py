@@ -8,9 +8,10 @@ pixels has no latent of its own: its z is the prior's mean.
 Kept from the published code: the residual blocks ("default": GELU, 1x1, 3x3, 3x3, 1x1 at a quarter of the
 width; "light": ReLU, two 3x3), the last convolution of a block scaled by sqrt(1 / blocks), priors that start
 at N(0, 1), a learned bias map per resolution up to 64 pixels, parents broadcast and concatenated.
-Done otherwise: log sigmas of z are clamped; what nothing reads is not built (the last z-path, scales of levels
-without a latent); odd resolutions are kept (the published encoder pads 7x7 to 8x8, which leaves its 7x7 levels
-without a feature map); a first stage without a block, which breaks its channel arithmetic, is refused.
+Done otherwise: log sigmas of z are clamped; what nothing reads is not built (the last z-path, the scales of
+levels without a latent); odd resolutions are kept (the published encoder pads 7x7 to 8x8, which leaves its
+7x7 levels without a feature map); a first stage without a block, which breaks its channel arithmetic, is
+refused.
 """
 
 import dataclasses
