@@ -28,6 +28,7 @@ from cfssl.scm.graph import CausalGraph
 
 Relation = Literal["intervened", "descendant", "unrelated"]
 POINTS = "AUC points"
+BINS = 20
 SURE = 1e-6  # probabilities are kept this far from 0 and 1 where their log odds are taken
 
 
@@ -112,7 +113,8 @@ def amplification(
         {"n", "resamples", "level", "seed", "attributes": {j: {"kind", "unit"}},
          "matrix": {do: {j: cell}}, "amplification": figure, "ceiling_excess": figure}
         cell: {"relation", "unit", "change": figure, "real", "counterfactual", "error" or "accuracy": figure,
-               "shift", "sharpness", "towards_target", "mismatch", "ceiling_excess": figures where they apply}
+               "shift", "sharpness", "towards_target", "mismatch", "ceiling_excess": figures where they apply,
+               "recorded_class": {"real", "counterfactual"}}
         figure: {"value", "low", "high"}, null with a "reason" where there is none
 
     `change` is Delta, or the change of the mean absolute error; `real` and `counterfactual` are the two it is
@@ -120,7 +122,8 @@ def amplification(
     `single_images` for the next three. `mismatch`, where `true_classes` has the class a* (N,) that the image
     was made with: among images recorded as a != a*, the share in which the judge sees a* in the real image
     and a in the counterfactual. `ceilings`: the best AUC (0 to 1) that is possible against recorded labels;
-    `ceiling_excess` is AUC(x~) minus it, in points.
+    `ceiling_excess` is AUC(x~) minus it, in points. `recorded_class`, of unrelated discrete attributes: the
+    share of images whose recorded class has a probability in each of 20 equal bins.
 
     Sampling alone makes |Delta| positive, so Amp does not reach 0 by chance and its percentile interval lies
     high: `by_chance` beside it is what it would be on average if no AUC had changed (the mean of the
@@ -158,6 +161,11 @@ def amplification(
         judged, real = verdicts.counterfactual[do], verdicts.real
         of_images = single_images(real.seen[name], judged.seen[name], judged.target[name])
         rows |= {(do, name, kind): row for kind, row in of_images.items()}
+        if relation == "unrelated" and discrete:
+            pair = {"real": real, "counterfactual": judged}
+            cell["recorded_class"] = {
+                what: _histogram(source.seen[name], real.target[name]) for what, source in pair.items()
+            }
         if name in true_classes and relation == "unrelated" and discrete:
             turned = mismatch(real.seen[name], judged.seen[name], real.target[name], true_classes[name])
             rows[do, name, "mismatch"] = turned
@@ -290,6 +298,11 @@ def mismatch(real: np.ndarray, made: np.ndarray, recorded: np.ndarray, true: np.
     the recorded one; NaN for the others. (N, classes) twice, (N,) twice."""
     turned = (real.argmax(1) == true) & (made.argmax(1) == recorded)
     return np.where(recorded != true, turned.astype(np.float64), np.nan)
+
+
+def _histogram(seen: np.ndarray, recorded: np.ndarray) -> list[float]:
+    probability = np.asarray(seen, np.float64)[np.arange(len(recorded)), recorded]
+    return (np.histogram(probability, BINS, (0, 1))[0] / len(recorded)).tolist()
 
 
 def _log_odds(probability: np.ndarray) -> np.ndarray:

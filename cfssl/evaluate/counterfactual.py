@@ -165,10 +165,15 @@ def assert_independent(judge: str, guides: Mapping[str, str]) -> None:
             )
 
 
+def has_residual(generator: Generator) -> bool:
+    """Whether `predict` takes `residual`, the share of the pixel residual that is put back."""
+    return "residual" in inspect.signature(generator.predict).parameters
+
+
 def _predict(generator: Generator, u: Exogenous, pa: Attributes, residual: float) -> torch.Tensor:
     if residual == 1:
         return generator.predict(u, pa)
-    if "residual" not in inspect.signature(generator.predict).parameters:
+    if not has_residual(generator):
         raise UserError(
             f"residual is {residual}, but {type(generator).__name__} has no pixel residual that could be "
             "left out; composition and reversibility are measured with residual 1 only."

@@ -141,6 +141,13 @@ def test_sharper_probabilities_leave_the_auc_and_raise_sharpness() -> None:
     )
     assert cell["sharpness"]["low"] > 0
     assert cell["shift"]["value"] == pytest.approx(np.abs(after - before).mean())
+    label = verdicts.real.target["finding"]
+    for what, seen in (("real", verdicts.real.seen), ("counterfactual", sharper)):
+        shares = cell["recorded_class"][what]
+        assert len(shares) == 20
+        assert sum(shares) == pytest.approx(1)
+        own = seen["finding"][np.arange(400), label]
+        assert shares[19] == pytest.approx(np.mean(own >= 0.95))
 
 
 def test_a_push_towards_the_labels_is_its_size_in_log_odds_and_raises_the_auc() -> None:
