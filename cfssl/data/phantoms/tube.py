@@ -140,7 +140,7 @@ def outline(size: int, parents: Mapping[str, np.ndarray], u: Mapping[str, np.nda
     turn = np.float32(2 * np.pi)
     bend = 1 + 0.25 * age  # old vessels wind more
     line = 0.03 * column["shift"] + bend * (
-        0.020 * column["wave_1"] * np.sin(turn * (0.8 * s + column["phase_1"]))
+        0.028 * column["wave_1"] * np.sin(turn * (0.8 * s + column["phase_1"]))
         + 0.012 * column["wave_2"] * np.sin(turn * (1.9 * s + column["phase_2"]))
     )
     radius = RADIUS * (1 + 0.07 * column["radius"] + 0.10 * (male - 0.5) + 0.04 * age)
@@ -155,7 +155,7 @@ def outline(size: int, parents: Mapping[str, np.ndarray], u: Mapping[str, np.nda
         place = np.float32((number + 0.5) / 3) + 0.012 * np.clip(column[f"place_{segment}"], -2.5, 2.5)
         off = (s - place) / between(HALF_LENGTH, column[f"length_{segment}"])
         thickness = THICKNESS * amount * radius * np.maximum(1 - off * off, 0) ** np.float32(0.8)
-        other = thickness * (0.30 * column[f"eccentricity_{segment}"])
+        other = thickness * np.maximum(0.7 * column[f"eccentricity_{segment}"] - 0.35, 0)
         on_left = column[f"side_{segment}"] < 0.5
         left = left + np.where(on_left, thickness, other)
         right = right + np.where(on_left, other, thickness)
@@ -164,8 +164,14 @@ def outline(size: int, parents: Mapping[str, np.ndarray], u: Mapping[str, np.nda
         )
     across = x - line
     half = radius * calibre
-    inner = np.minimum(across + half - NARROWING * left, half - NARROWING * right - across)
-    outer = np.minimum(across + half + (1 - NARROWING) * left, half + (1 - NARROWING) * right - across)
+    # A rough surface, of up to half a pixel: smooth upright edges would cross the pixels of many rows at
+    # once, and areas could only be set in such steps.
+    row = np.arange(size, dtype=np.float32)[None, :, None]
+    rough = 0.6 * np.sin(turn * (row / 11.3 + column["phase_2"]))
+    rough = rough + 0.4 * np.sin(turn * (row / 4.7 + 3 * column["phase_1"]))
+    surface = across + np.float32(0.5 * pixel) * rough
+    inner = np.minimum(surface + half - NARROWING * left, half - NARROWING * right - surface)
+    outer = np.minimum(surface + half + (1 - NARROWING) * left, half + (1 - NARROWING) * right - surface)
     return Outlines(column, s, across, pixel, inner, outer, calcified)
 
 
