@@ -10,7 +10,6 @@ stays in eval mode; it sees the image alone, since a predictor that is fed anoth
 off that; a real-valued head is linear, with no squashing; its errors are of the rows, not of batches.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,14 +180,14 @@ class PredictorTask(nn.Module):
 
 class AttributePredictor(nn.Module):
     """See the module docstring. Created from settings and the table's attributes and image shape, then `fit`
-    or `load`. Frozen and in eval mode from the start: what is trained is a copy."""
+    or `load`. Frozen and in eval mode from the start: `fit` trains another network and takes its weights
+    over."""
 
     def __init__(
         self, settings: PredictorSettings, attributes: Mapping[str, Attribute], shape: tuple[int, ...]
     ) -> None:
         """Raises `UserError` for an attribute that the table lacks, none at all, or volumes."""
         super().__init__()
-        fold = stem(shape, "attribute predictor")
         for name in settings.attributes:
             if name not in attributes:
                 raise UserError(
@@ -199,13 +198,7 @@ class AttributePredictor(nn.Module):
             raise UserError("The attribute predictor has no attribute to predict; name at least one.")
         self.settings, self.shape = settings, tuple(shape)
         self.attributes = {name: attributes[name] for name in settings.attributes}
-        network = seeded(
-            lambda: PredictorNetwork(self.attributes, shape[0], fold, settings.width),
-            settings.train.seed,
-            "predictor",
-        )
-        assert isinstance(network, PredictorNetwork)
-        self.network = network.requires_grad_(False).eval()
+        self.network = self._network().requires_grad_(False).eval()
         self.record = Record(
             "attribute predictor",
             {
@@ -249,6 +242,10 @@ class AttributePredictor(nn.Module):
             raise UserError(f"Attribute {name!r} is not continuous; ask for its probabilities.")
         return outputs[name][:, 0] * head.std + head.mean
 
+    def spread(self, name: str) -> float:
+        """The standard deviation of a continuous attribute in training, in physical units."""
+        return float(self.network.head(name).std)
+
     def fit(self, table: ImageTable, run: Run, rows: np.ndarray | None = None) -> None:
         """Trains on the training rows (or those of `rows`) of the settings' part in which all attributes are
         known, then calibrates on such rows of the validation split."""
@@ -263,7 +260,7 @@ class AttributePredictor(nn.Module):
                     "predictor needs some."
                 )
         values = table.encode(s.attributes, known)
-        network = copy.deepcopy(self.network).requires_grad_(True)
+        network = self._network()
         for name, attribute in self.attributes.items():
             if attribute.kind == "continuous":
                 head, column = network.head(name), values[name].double()
@@ -312,6 +309,15 @@ class AttributePredictor(nn.Module):
                 scores = {"auc": _auc(target.numpy(), p.numpy()), "accuracy": float(accuracy)}
             found[name] = {"images": float(len(rows)), **scores}
         return found
+
+    def _network(self) -> PredictorNetwork:
+        """As the seed starts it."""
+        s, fold = self.settings, stem(self.shape, "attribute predictor")
+        network = seeded(
+            lambda: PredictorNetwork(self.attributes, self.shape[0], fold, s.width), s.train.seed, "predictor"
+        )
+        assert isinstance(network, PredictorNetwork)
+        return network
 
     @property
     def _device(self) -> torch.device:

@@ -7,7 +7,6 @@ overlap, trained on binary cross-entropy plus Dice (Milletari et al. 2016); grou
 batch statistics, for the reason given in predictor.py.
 """
 
-import copy
 import math
 import sys
 from pathlib import Path
@@ -122,14 +121,14 @@ class SegmentorTask(nn.Module):
 
 class Segmentor(nn.Module):
     """See the module docstring. Created from settings, the table's mask names and image shape, then `fit` or
-    `load`. Frozen and in eval mode from the start: what is trained is a copy."""
+    `load`. Frozen and in eval mode from the start: `fit` trains another network and takes its weights
+    over."""
 
     def __init__(
         self, settings: SegmentorSettings, mask_names: tuple[str, ...], shape: tuple[int, ...]
     ) -> None:
         """Raises `UserError` for a structure that the table has no mask of, none at all, or volumes."""
         super().__init__()
-        fold = stem(shape, "segmentor")
         for name in settings.structures:
             if name not in mask_names:
                 raise UserError(
@@ -139,13 +138,7 @@ class Segmentor(nn.Module):
         if not settings.structures:
             raise UserError("The segmentor has no structure to find; name at least one.")
         self.settings, self.shape = settings, tuple(shape)
-        network = seeded(
-            lambda: UNet(shape[0], len(settings.structures), fold, settings.widths),
-            settings.train.seed,
-            "segmentor",
-        )
-        assert isinstance(network, UNet)
-        self.network = network.requires_grad_(False).eval()
+        self.network = self._network().requires_grad_(False).eval()
         identity = TypeAdapter(SegmentorSettings).dump_python(settings, mode="json")
         self.record = Record("segmentor", {"settings": identity, "shape": list(shape)})
 
@@ -190,7 +183,7 @@ class Segmentor(nn.Module):
                 "left out",
                 file=sys.stderr,
             )
-        network = copy.deepcopy(self.network).requires_grad_(True)
+        network = self._network()
         data = ImageData(
             table,
             masked,
@@ -235,6 +228,15 @@ class Segmentor(nn.Module):
                 "area_r2": float(np.corrcoef(a, b)[0, 1] ** 2) if varies else math.nan,
             }
         return scores
+
+    def _network(self) -> UNet:
+        """As the seed starts it."""
+        s, fold = self.settings, stem(self.shape, "segmentor")
+        network = seeded(
+            lambda: UNet(self.shape[0], len(s.structures), fold, s.widths), s.train.seed, "segmentor"
+        )
+        assert isinstance(network, UNet)
+        return network
 
     def _masked(self, table: ImageTable, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` (N,) have a pixel of any structure."""

@@ -132,6 +132,8 @@ def test_equal_seeds_give_equal_weights_and_others_another_fingerprint(
         _ = same.fingerprint
     same.fit(table, Run(tmp_path / "same", CPU, quiet=True))
     assert same.fingerprint == fitted.fingerprint
+    same.fit(table, Run(tmp_path / "again", CPU, quiet=True))  # from the start, not from where it is
+    assert same.fingerprint == fitted.fingerprint
     other.fit(table, Run(tmp_path / "other", CPU, quiet=True))
     assert other.fingerprint != fitted.fingerprint
 
