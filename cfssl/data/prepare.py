@@ -158,6 +158,8 @@ def save_prepared(
                 f"{attribute!r}{nearest(attribute, frame.columns)}."
             )
 
+    if areas and images.ndim != 4:
+        raise UserError(f"Table {name!r} holds volumes, and areas are measured on images; leave `areas` out.")
     for area, spec in (areas or {}).items():
         if area not in attributes:
             raise UserError(

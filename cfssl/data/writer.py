@@ -173,7 +173,7 @@ def _measured(path: Path, mask_names: Sequence[str], specs: Mapping[str, AreaSpe
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in specs}
     for start in range(0, len(array), step):
         masks = torch.from_numpy(array[start : start + step].copy())
-        present = masks.flatten(2).any(dim=2)
+        present = masks.flatten(2).any(dim=2).bool()
         for name, values in measure_areas(masks, mask_names, specs).items():
             known = present[:, list(mask_names).index(specs[name].map_structure)]
             chunks[name].append(values.double().where(known, torch.nan).numpy())

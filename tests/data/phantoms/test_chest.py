@@ -320,10 +320,11 @@ def test_the_contact_sheet_of_the_documentation_is_drawn(tmp_path):
     spec.loader.exec_module(sheet)
     sheet.PATIENTS, sheet.__file__ = 2, str(tmp_path / "make_phantom_sheet.py")
     sheet.main()
-    picture = np.asarray(Image.open(tmp_path / "images" / "phantom_chest.png").convert("RGB"))
-    assert picture.shape[1] > picture.shape[0] > 100  # six columns, two rows
-    assert picture.std() > 20
-    assert (np.ptp(picture.astype(int), axis=2) > 20).any()  # the masks are in colour
+    for name in ("phantom_chest", "phantom_tube"):
+        picture = np.asarray(Image.open(tmp_path / "images" / f"{name}.png").convert("RGB"))
+        assert picture.shape[1] > picture.shape[0] > 100  # six columns, two rows
+        assert picture.std() > 20
+        assert (np.ptp(picture.astype(int), axis=2) > 20).any()  # the masks are in colour
 
 
 @pytest.mark.slow
