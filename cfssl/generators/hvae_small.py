@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cfssl.errors import UserError
 from cfssl.generators.hvae_likelihood import Gaussian, GaussianHead, Likelihood, SigmaKind
-from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z, with_context
+from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z
 from cfssl.settings import STRICT, Count
 
 # Widths at 32, 16, 8 and 4 pixels of the two sizes, both of about .4 M parameters: S-HVAE-32 for images of 32
@@ -58,12 +58,8 @@ class SmallNetworkSettings:
                 upward, self.latents, RESOLUTIONS[:0:-1], before, strict=True
             )
         ]
-        output = SmallOutput(
-            widths,
-            context,
-            self.blocks,
-            GaussianHead(widths[0] + context, channels, 3, sigma, fixed_sigma, unshuffle),
-        )
+        head = GaussianHead(widths[0], channels, 3, sigma, fixed_sigma, unshuffle)
+        output = SmallOutput(widths, context, self.blocks, head)
         return HVAE(encoder, (widths[-1], RESOLUTIONS[-1]), levels, output, mediator)
 
 
@@ -85,7 +81,7 @@ class Block(nn.Module):
         inner = self.first(F.silu(self.norm(h)))
         if self.film is not None:
             scale, shift = self.film(context)[:, :, None, None].chunk(2, dim=1)
-            inner = inner * (1 + scale) + shift
+            inner = torch.addcmul(shift, inner, 1 + scale)
         return h + self.second(F.silu(inner))
 
 
@@ -100,7 +96,7 @@ class SmallEncoder(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        h = self.stem(F.pixel_unshuffle(x, self.unshuffle))
+        h = self.stem(channels_last(F.pixel_unshuffle(x, self.unshuffle)))
         features = []
         for index, blocks in enumerate(self.stages):
             if index:
@@ -135,15 +131,18 @@ class SmallLevel(nn.Module):
         self.posterior_in = nn.Conv2d(2 * width, width, 1)
         self.posterior_block = Block(width, context)
         self.posterior = nn.Conv2d(width, 2 * latent, 1)
-        self.z_to_h = nn.Conv2d(latent + context, width, 1)
+        self.z_to_h = nn.Conv2d(latent, width, 1)
+        self.context_to_h = nn.Linear(context, width, bias=False)
         self.update = Block(width, context)
         self.z_to_path = None if last else nn.Conv2d(latent + width, width, 1)
 
     def enter(self, h: Tensor) -> Tensor:
-        return h if self.up is None else F.interpolate(self.up(h), scale_factor=2)
+        return channels_last(h) if self.up is None else F.interpolate(self.up(h), scale_factor=2)
 
     def enter_path(self, path: Tensor) -> Tensor:
-        return path if self.path_up is None else F.interpolate(self.path_up(path), scale_factor=2)
+        return (
+            channels_last(path) if self.path_up is None else F.interpolate(self.path_up(path), scale_factor=2)
+        )
 
     def read_prior(self, path: Tensor, prior_context: Tensor | None) -> tuple[Gaussian, Tensor]:
         feature = self.prior_block(path, prior_context)
@@ -156,7 +155,9 @@ class SmallLevel(nn.Module):
         return Gaussian(mean, log_sigma.clamp(*LOG_SIGMA_Z))
 
     def advance(self, h: Tensor, feature: Tensor, z: Tensor, context: Tensor) -> Tensor:
-        return self.update(h + feature + self.z_to_h(with_context(z, context)), context)
+        # W_z [z, pa] in two parts: the parents are the same at every pixel.
+        known = self.context_to_h(context)[:, :, None, None]
+        return self.update(h + feature + self.z_to_h(z) + known, context)
 
     def advance_path(self, feature: Tensor, z: Tensor) -> Tensor:
         assert self.z_to_path is not None  # the walk ends at the last level
@@ -170,10 +171,17 @@ class SmallOutput(nn.Module):
         super().__init__()
         self.up = nn.Conv2d(widths[1], widths[0], 1)
         self.blocks = nn.ModuleList(Block(widths[0], context) for _ in range(blocks))
+        self.context = nn.Linear(context, widths[0], bias=False)
         self.head = head
 
     def forward(self, h: Tensor, context: Tensor) -> Likelihood:
         h = F.interpolate(self.up(h), scale_factor=2)
         for block in self.blocks:
             h = block(h, context)
-        return self.head(with_context(h, context))
+        return self.head(h + self.context(context)[:, :, None, None])
+
+
+def channels_last(h: Tensor) -> Tensor:
+    """Takes a quarter of the time of a training step off a CPU. Of features alone: weights stay as they are,
+    so that a run that goes on from a checkpoint adds up its gradients in the same order."""
+    return h.contiguous(memory_format=torch.channels_last)
