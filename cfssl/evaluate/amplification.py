@@ -110,7 +110,8 @@ def amplification(
 ) -> dict[str, Any]:
     """The matrix, Amp and the figures of single images:
 
-        {"n", "resamples", "level", "seed", "attributes": {j: {"kind", "unit"}},
+        {"n", "patients", "resamples", "level", "seed",
+         "attributes": {j: {"kind", "unit", "accuracy" or "error": figure of the real images}},
          "matrix": {do: {j: cell}}, "amplification": figure, "ceiling_excess": figure}
         cell: {"relation", "unit", "change": figure, "real", "counterfactual", "error" or "accuracy": figure,
                "shift", "sharpness", "towards_target", "mismatch", "ceiling_excess": figures where they apply,
@@ -144,7 +145,11 @@ def amplification(
 
     values, draws = resampled(statistic, verdicts.count, patients, resamples, seed)
     matrix: dict[str, dict[str, Any]] = {do: {} for do in verdicts.counterfactual}
-    rows: dict[tuple[str, str, str], np.ndarray] = {}
+    rows: dict[tuple[str | None, str, str], np.ndarray] = {}
+    for name in attributes:
+        seen = verdicts.real.seen[name]
+        kind = "accuracy" if is_discrete(seen) else "error"
+        rows[None, name, kind] = single_images(seen, seen, verdicts.real.target[name])[kind]
     for index, (do, name, relation) in enumerate(cells):
         discrete = is_discrete(verdicts.real.seen[name])
         unit = POINTS if discrete else units.get(name, f"units of {name}")
@@ -176,8 +181,9 @@ def amplification(
 
     none = "no image is recorded as another class than its true one"
     means = mean_figures(rows, patients, resamples, seed, none)
-    for (do, name, kind), found in means.items():
-        matrix[do][name][kind] = found
+    for (of, name, kind), found in means.items():
+        if of is not None:
+            matrix[of][name][kind] = found
 
     places = [index for index, cell in enumerate(cells) if cell[:2] in set(verdicts.counted(graph))]
     change, drawn = values[1] - values[0], draws[1] - draws[0]
@@ -191,6 +197,7 @@ def amplification(
             name: {
                 "kind": "discrete" if is_discrete(verdicts.real.seen[name]) else "continuous",
                 "unit": next(iter(matrix.values()))[name]["unit"],
+                **{kind: found for (do_, of, kind), found in means.items() if (do_, of) == (None, name)},
             }
             for name in attributes
         },

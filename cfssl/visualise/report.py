@@ -50,7 +50,8 @@ class Arm:
 class Report:
     """`comparisons`: paired differences between arms, as {"name", "of": what is compared, "value", "low",
     "high", "unit", "seeds": that of each training seed}, with "reason" where the value is null. `provenance`:
-    what was run, by what, when; nested as it comes. `recipe_text`: the resolved recipe."""
+    what was run, by what, when; nested as it comes. `recipe_text`: the resolved recipe. `tables`: further
+    ones, such as those of an audit, with a sentence about them."""
 
     title: str
     subtitle: str
@@ -59,6 +60,8 @@ class Report:
     comparisons: Sequence[Mapping[str, Any]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
+    tables: Sequence["Table"] = ()
+    about_tables: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Arms as rows, without cells for an arm that was not evaluated; `columns` are (heading, lines below)."""
+    """Rows (name, cells), without cells for an arm that was not evaluated; `columns` are (heading, lines
+    below), `corner` the heading of the names."""
 
     title: str
     columns: Sequence[tuple[str, Sequence[str]]]
     rows: Sequence[tuple[str, Sequence[Cell]]]
+    corner: str = "arm"
 
     @property
     def notes(self) -> list[str]:
@@ -261,19 +266,21 @@ def merged_protocol(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return merged
 
 
-def figure(entry: Mapping[str, Any]) -> Cell:
+def figure(entry: Mapping[str, Any], signed: bool = False, decimals: int = 3) -> Cell:
     """{"value", "low", "high", "reason"} as a cell; a missing value or interval is footnoted with its
     reason."""
     if entry["value"] is None:
         return Cell(DASH, note=entry.get("reason", "no value"))
+    text = number(entry["value"], signed, decimals)
     if entry["low"] is None or entry["high"] is None:
-        return Cell(number(entry["value"]), note=f"no interval: {entry.get('reason', 'not computed')}")
-    return Cell(number(entry["value"]), f"[{number(entry['low'])}, {number(entry['high'])}]")
+        return Cell(text, note=f"no interval: {entry.get('reason', 'not computed')}")
+    low, high = (number(entry[end], signed, decimals) for end in ("low", "high"))
+    return Cell(text, f"[{low}, {high}]")
 
 
-def number(value: float, signed: bool = False) -> str:
-    """Three decimals, with a true minus sign."""
-    return f"{value:{'+' if signed else ''}.3f}".replace("-", MINUS)
+def number(value: float, signed: bool = False, decimals: int = 3) -> str:
+    """With a true minus sign."""
+    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
 
 
 def size(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -90,6 +90,9 @@ def test_every_change_is_scikit_learns_auc_on_the_counterfactuals_minus_that_on_
     assert age["change"]["value"] == pytest.approx(errors[1] - errors[0])
     assert age["error"]["value"] == pytest.approx(errors[1])
     assert age["unit"] == "units of age"
+    assert result["attributes"]["age"]["error"]["value"] == pytest.approx(errors[0])
+    recognised = real.seen["race"].argmax(1) == real.target["race"]
+    assert result["attributes"]["race"]["accuracy"]["value"] == pytest.approx(recognised.mean())
     json.dumps(result, allow_nan=False)
 
 
