@@ -33,7 +33,10 @@ from cfssl.data.phantoms.world import (
     WorldTruth,
     build_world,
     in_chunks,
+    masks_in_chunks,
+    pick_rows,
     refuse_shares,
+    to_numpy,
     truncated_normal,
 )
 from cfssl.data.regions import THIRDS, AreaSpec
@@ -120,7 +123,8 @@ class ChestWorld:
         return render(self, parents, u)
 
     def masks(self, parents: Attributes, u: Noise) -> NDArray[np.uint8]:
-        return masks(self, parents, u)
+        """The masks of `render`, without drawing the images."""
+        return masks_in_chunks(self.size, chest_anatomy.outline, parents, u)
 
     def follow(self, parents: Attributes, u: Noise, do: Iterable[str]) -> Attributes:
         """A new age brings the disease that the row's own noise makes of it, unless the disease is set as
@@ -195,16 +199,15 @@ def sample(
 
 def render(world: ChestWorld, parents: Attributes, u: Noise) -> Rendered:
     """`f(parents, u)`: a pure function, row by row, of values (n,). Uses as many threads as torch does."""
-    pa = {name: parents[name].numpy() for name in IMAGE_PARENTS}
-    noise = {name: value.numpy() for name, value in u.items()}
+    pa, noise = to_numpy({name: parents[name] for name in IMAGE_PARENTS}), to_numpy(u)
     count, size = len(pa["age"]), world.size
     images = np.empty((count, 1, size, size), np.uint8)
     masks = np.empty((count, len(MASKS), size, size), np.uint8)
     areas = np.empty((count, len(REGIONS)), np.float32)
 
     def render_rows(rows: slice) -> None:
-        own_noise = {name: value[rows] for name, value in noise.items()}
-        anatomy = chest_anatomy.draw(size, {name: value[rows] for name, value in pa.items()}, own_noise)
+        own_noise = pick_rows(noise, rows)
+        anatomy = chest_anatomy.draw(size, pick_rows(pa, rows), own_noise)
         grain = noise_field(own_noise["noise_seed"], size)
         for code, name in enumerate(SCANNERS):
             chosen = np.flatnonzero(pa["scanner"][rows] == code)
@@ -216,20 +219,6 @@ def render(world: ChestWorld, parents: Attributes, u: Noise) -> Rendered:
 
     in_chunks(count, size, render_rows)
     return Rendered(images, masks, areas)
-
-
-def masks(world: ChestWorld, parents: Attributes, u: Noise) -> NDArray[np.uint8]:
-    """The masks of `render`, without drawing the images."""
-    pa = {name: parents[name].numpy() for name in IMAGE_PARENTS}
-    noise = {name: value.numpy() for name, value in u.items()}
-    found = np.empty((len(pa["age"]), len(MASKS), world.size, world.size), np.uint8)
-
-    def mask_rows(rows: slice) -> None:
-        own = ({name: value[rows] for name, value in values.items()} for values in (pa, noise))
-        found[rows] = chest_anatomy.outline(world.size, *own).masks()
-
-    in_chunks(len(found), world.size, mask_rows)
-    return found
 
 
 def silver_masks(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -37,7 +37,10 @@ from cfssl.data.phantoms.world import (
     WorldTruth,
     build_world,
     in_chunks,
+    masks_in_chunks,
+    pick_rows,
     refuse_shares,
+    to_numpy,
     truncated_normal,
 )
 from cfssl.data.regions import AreaSpec, region_names
@@ -277,14 +280,14 @@ class TubeWorld:
 
     def render(self, parents: Attributes, u: Noise) -> Rendered:
         """`f(parents, u)`: a pure function, row by row, of values (n,); on as many threads as torch has."""
-        pa, noise = _numpy(parents, PARENTS), _numpy(u, u)
+        pa, noise = to_numpy({name: parents[name] for name in PARENTS}), to_numpy(u)
         count, size = len(pa["age"]), self.size
         images = np.empty((count, 1, size, size), np.uint8)
         masks = np.empty((count, len(MASKS), size, size), np.uint8)
 
         def render_rows(rows: slice) -> None:
-            own_noise = _rows(noise, rows)
-            grey, shape = draw(size, _rows(pa, rows), own_noise)
+            own_noise = pick_rows(noise, rows)
+            grey, shape = draw(size, pick_rows(pa, rows), own_noise)
             grain = noise_field(own_noise["noise_seed"], size)
             for code, name in enumerate(KERNELS):
                 chosen = np.flatnonzero(pa["kernel"][rows] == code)
@@ -297,14 +300,7 @@ class TubeWorld:
 
     def masks(self, parents: Attributes, u: Noise) -> NDArray[np.uint8]:
         """The masks of `render`, without drawing the images."""
-        pa, noise = _numpy(parents, PARENTS), _numpy(u, u)
-        found = np.empty((len(pa["age"]), len(MASKS), self.size, self.size), np.uint8)
-
-        def mask_rows(rows: slice) -> None:
-            found[rows] = outline(self.size, _rows(pa, rows), _rows(noise, rows)).masks()
-
-        in_chunks(len(found), self.size, mask_rows)
-        return found
+        return masks_in_chunks(self.size, outline, parents, u)
 
     def follow(self, parents: Attributes, u: Noise, do: Iterable[str]) -> Attributes:
         """All parents are roots: nothing follows."""
@@ -316,11 +312,3 @@ def build(
 ) -> tuple[pd.DataFrame, NDArray[np.uint8], NDArray[np.uint8], WorldTruth]:
     """See `build_world`."""
     return build_world(world, count, seed, splits)
-
-
-def _numpy(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, np.ndarray]:
-    return {name: values[name].numpy() for name in names}
-
-
-def _rows(values: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
-    return {name: value[rows] for name, value in values.items()}

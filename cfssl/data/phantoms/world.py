@@ -47,6 +47,10 @@ class Rendering(Protocol):
     def masks(self) -> NDArray[np.uint8]: ...  # (n, M, H, W) of 0 and 1
 
 
+class Masked(Protocol):
+    def masks(self) -> NDArray[np.uint8]: ...  # (n, M, H, W)
+
+
 class World(Protocol):
     """`attributes`: the parents of the image, then the areas. `movers`: how an area is set; areas of a later
     mapping disturb those of an earlier one by a few pixels at most."""
@@ -118,6 +122,29 @@ def in_chunks(count: int, size: int, work: Callable[[slice], Any]) -> None:
     step = max(1, PIXELS_PER_CHUNK // size**2)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(work, (slice(start, min(start + step, count)) for start in range(0, count, step))))
+
+
+def to_numpy(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def pick_rows(values: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+def masks_in_chunks(
+    size: int, outline: Callable[..., "Masked"], parents: Attributes, u: Noise
+) -> NDArray[np.uint8]:
+    """The masks (n, M, H, W) of `outline(size, parents, u)`, on as many threads as torch has."""
+    pa, noise = to_numpy(parents), to_numpy(u)
+    count = len(next(iter(pa.values())))
+    parts: dict[int, NDArray[np.uint8]] = {}
+
+    def mask_rows(rows: slice) -> None:
+        parts[rows.start] = outline(size, pick_rows(pa, rows), pick_rows(noise, rows)).masks()
+
+    in_chunks(count, size, mask_rows)
+    return np.concatenate([parts[start] for start in sorted(parts)])
 
 
 @dataclass(frozen=True)
