@@ -44,7 +44,7 @@ ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "dise
 PUBLISHED = PHANTOM | {
     "generator": {
         "name": "hvae",
-        "parents": ["scanner"],
+        "parents": ["scanner", "sex"],
         "network": {
             "name": "published",
             "size": "ukbb64",

@@ -1,9 +1,7 @@
-"""The published networks, built from architecture strings; De Sousa Ribeiro et al. 2023, appendix, and the
-sizes of their public code. The walk over the levels is in hvae_network.py.
+"""The published networks, built from the architecture strings of hvae_sizes.py; De Sousa Ribeiro et al. 2023,
+appendix. The walk over the levels is in hvae_network.py.
 
-"32b3d2,16b3d2,...,1b4" is an encoder: at 32 pixels 3 blocks, then one that halves, and so on down to 1 pixel.
-"1b4,4b4,...,32b4" is a decoder: 4 levels at 1 pixel, 4 at 4 pixels, and so on. A level above `z_max_res`
-pixels has no latent of its own: its z is the prior's mean.
+A level above `z_max_res` pixels has no latent of its own: its z is the prior's mean.
 
 Kept from the published code: the residual blocks ("default": GELU, 1x1, 3x3, 3x3, 1x1 at a quarter of the
 width; "light": ReLU, two 3x3), the last convolution of a block scaled by sqrt(1 / blocks), priors that start
@@ -15,13 +13,11 @@ refused.
 """
 
 import dataclasses
-import itertools
 import math
-import re
-from typing import Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,55 +25,12 @@ from torch.nn import functional as F
 from cfssl.errors import UserError
 from cfssl.generators.hvae_likelihood import Gaussian, GaussianHead, Likelihood, SigmaKind
 from cfssl.generators.hvae_network import HVAE, LOG_SIGMA_Z, with_context
+from cfssl.generators.hvae_sizes import SIZES, BlockKind, Size, SizeName, decoder_stages, encoder_stages
 from cfssl.settings import STRICT, Count
-
-BlockKind = Literal["default", "light"]
-SizeName = Literal["morphomnist", "ukbb64", "ukbb192", "mimic192", "mimic224", "embed224", "celeba64"]
 
 BIAS_MAX_SIDE = 64
 BOTTLENECK = 4
-STAGE = re.compile(r"(\d+)b(\d+)(?:d(\d+))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """`widths` fine to coarse, `latents` (channels of z) coarse to fine, one per resolution."""
-
-    encoder: str
-    decoder: str
-    widths: tuple[int, ...]
-    latents: tuple[int, ...]
-    z_max_res: int
-    block: BlockKind = "default"
-
-
-_E192 = "192b1d2,96b3d2,48b7d2,24b11d2,12b7d2,6b3d6,1b2"
-_D192 = "1b2,6b4,12b8,24b12,48b8,96b4,192b2"
-_E224 = "224b2d2,112b4d2,56b9d2,28b14d2,14b14d2,7b9d7,1b5"
-_D224 = "1b5,7b10,14b15,28b15,56b10,112b5,224b3"
-_WIDE = (32, 64, 96, 128, 160, 192, 512)
-_DOUBLING = (32, 64, 128, 256, 512, 1024)
-
-SIZES: dict[SizeName, Size] = {
-    "morphomnist": Size(
-        "32b3d2,16b3d2,8b3d2,4b3d4,1b4", "1b4,4b4,8b4,16b4,32b4", (16, 32, 64, 128, 256), (16,) * 5, 192
-    ),
-    "ukbb64": Size(
-        "64b3d2,32b31d2,16b15d2,8b7d2,4b3d4,1b2",
-        "1b2,4b4,8b8,16b16,32b32,64b4",
-        _DOUBLING,
-        (16,) * 6,
-        192,
-        "light",
-    ),
-    "ukbb192": Size(_E192, _D192, _WIDE, (16,) * 7, 96, "light"),
-    "mimic192": Size(_E192, _D192, _WIDE, (16,) * 7, 96),
-    "mimic224": Size(_E224, _D224, _WIDE, (16,) * 7, 96),
-    "embed224": Size(_E224, _D224, _WIDE, (48, 30, 24, 18, 12, 6, 1), 96),
-    "celeba64": Size(
-        "64b3d2,32b3d2,16b3d2,8b3d2,4b3d4,1b4", "1b4,4b4,8b4,16b4,32b4,64b4", _DOUBLING, (16,) * 6, 192
-    ),
-}
+Width = Annotated[int, Field(ge=BOTTLENECK)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,30 +42,55 @@ class PublishedNetworkSettings:
     name: Literal["published"] = "published"
     size: SizeName = "morphomnist"
     encoder: str | None = None
-    decoder: str | None = None
-    widths: tuple[Count, ...] | None = None
-    latents: tuple[Count, ...] | None = None
+    decoder: str | None = Field(default=None, validate_default=True)
+    widths: tuple[Width, ...] | None = Field(default=None, validate_default=True)
+    latents: tuple[Count, ...] | None = Field(default=None, validate_default=True)
     z_max_res: Count | None = None
     block: BlockKind | None = None
 
-    @model_validator(mode="after")
-    def _refuse_what_cannot_be_built(self) -> Self:
-        whole = self.whole
-        down, up = encoder_stages(whole.encoder), decoder_stages(whole.decoder)
-        if [stage[0] for stage in down] != [stage[0] for stage in reversed(up)]:
+    @field_validator("encoder")
+    @classmethod
+    def _encoder_fits(cls, encoder: str | None) -> str | None:
+        if encoder is not None:
+            encoder_stages(encoder)
+        return encoder
+
+    @field_validator("decoder")
+    @classmethod
+    def _decoder_fits(cls, decoder: str | None, found: ValidationInfo) -> str | None:
+        up, down = (cls._known(key, given, found) for key, given in (("decoder", decoder), ("encoder", None)))
+        if up is None or down is None:
+            return decoder
+        if [side for side, _ in decoder_stages(up)] != [side for side, *_ in encoder_stages(down)][::-1]:
             raise ValueError(
-                f"encoder {whole.encoder} and decoder {whole.decoder} pass different resolutions; give both "
-                "the same ones"
+                f"decoder {up} and encoder {down} pass different resolutions; give both the same ones"
             )
-        for key, values in (("widths", whole.widths), ("latents", whole.latents)):
-            if len(values) != len(down):
-                raise ValueError(
-                    f"{key} has {len(values)} numbers, expected one for each of the {len(down)} resolutions "
-                    f"of {whole.encoder}"
-                )
-        if narrow := [width for width in whole.widths if width < BOTTLENECK]:
-            raise ValueError(f"widths has {narrow[0]}, expected at least {BOTTLENECK}")
-        return self
+        return decoder
+
+    @field_validator("widths", "latents")
+    @classmethod
+    def _one_per_resolution(
+        cls, values: tuple[int, ...] | None, found: ValidationInfo
+    ) -> tuple[int, ...] | None:
+        assert found.field_name is not None
+        known, encoder = cls._known(found.field_name, values, found), cls._known("encoder", None, found)
+        if known is None or encoder is None:
+            return values
+        count = len(encoder_stages(encoder))
+        if len(known) != count:
+            raise ValueError(
+                f"{len(known)} numbers, expected one for each of the {count} resolutions of {encoder}; give "
+                "them all"
+            )
+        return values
+
+    @staticmethod
+    def _known(key: str, given: Any, found: ValidationInfo) -> Any:
+        """The part `key` of the network as far as it is given or named; None where it was refused before."""
+        if "size" not in found.data or (key == "encoder" and "encoder" not in found.data):
+            return None
+        given = found.data.get(key) if given is None else given
+        return getattr(SIZES[found.data["size"]], key) if given is None else given
 
     @property
     def whole(self) -> Size:
@@ -159,42 +137,6 @@ class PublishedNetworkSettings:
         ]
         head = GaussianHead(size.widths[0], channels, 1, sigma, fixed_sigma)
         return HVAE(encoder, (upward[0], 1), levels, DeepOutput(head), mediator)
-
-
-def encoder_stages(text: str) -> list[tuple[int, int, int]]:
-    """ "32b3d2,...,1b4" -> (resolution, blocks, downsampling factor or 1) per stage. Raises ValueError for
-    what cannot be built."""
-    stages = []
-    for part in text.split(","):
-        match = STAGE.fullmatch(part)
-        if match is None:
-            raise ValueError(
-                f"encoder stage {part!r} of {text!r}, expected e.g. 32b3d2: side, blocks, factor"
-            )
-        stages.append((int(match[1]), int(match[2]), int(match[3] or 1)))
-    if stages[0][1] == 0:
-        raise ValueError(
-            f"encoder {text!r} has no block before its first downsampling, so that its channels do not fit; "
-            f"start with {stages[0][0]}b1"
-        )
-    for (side, _, factor), (below, *_) in itertools.pairwise(stages):
-        if factor < 2 or side != below * factor:
-            raise ValueError(f"encoder {text!r} does not get from {side} to {below} pixels by a whole factor")
-    if stages[-1][0] != 1 or stages[-1][2] != 1:
-        raise ValueError(f"encoder {text!r}, expected to end at one pixel, e.g. with 1b4")
-    return stages
-
-
-def decoder_stages(text: str) -> list[tuple[int, int]]:
-    """ "1b4,...,32b4" -> (resolution, levels) per stage, coarse to fine. Raises ValueError for what cannot be
-    built."""
-    stages = []
-    for part in text.split(","):
-        match = STAGE.fullmatch(part)
-        if match is None or match[3] or int(match[2]) == 0:
-            raise ValueError(f"decoder stage {part!r} of {text!r}, expected e.g. 32b4: side, levels")
-        stages.append((int(match[1]), int(match[2])))
-    return stages
 
 
 class DeepBlock(nn.Module):

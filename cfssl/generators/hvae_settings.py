@@ -1,9 +1,9 @@
 """What a recipe says about the HVAE: its network, its likelihood, how its latents are read, its training."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from cfssl.engine.loop import TrainSettings
@@ -80,21 +80,27 @@ class HVAESettings(GraphSettings):
     ema: Probability = 0.99
     train: HVAETrainSettings = Field(default_factory=HVAETrainSettings)
 
-    @model_validator(mode="after")
-    def _refuse_what_cannot_act(self) -> Self:
-        if self.prior == "exogenous" and self.conditioning_dropout:
+    @field_validator("mediator_weight")
+    @classmethod
+    def _weighs_a_mediator(cls, weight: float, found: ValidationInfo) -> float:
+        if found.data.get("prior") == "exogenous" and weight != MEDIATOR_WEIGHT:
             raise ValueError(
-                "conditioning_dropout hides parents from a mediator's prior, and an exogenous prior sees "
-                "none; set prior: mediator or leave it out"
+                "it mixes posterior and prior of a mediator, and the prior is exogenous; set prior: mediator "
+                "or leave it out"
             )
-        if self.prior == "exogenous" and self.mediator_weight != MEDIATOR_WEIGHT:
+        return weight
+
+    @field_validator("conditioning_dropout")
+    @classmethod
+    def _hides_parents(cls, names: tuple[str, ...], found: ValidationInfo) -> tuple[str, ...]:
+        if names and found.data.get("prior") == "exogenous":
             raise ValueError(
-                "mediator_weight mixes posterior and prior of a mediator, and the prior is exogenous; set "
+                "it hides parents from a mediator's prior, and an exogenous prior sees none; set "
                 "prior: mediator or leave it out"
             )
-        if unknown := sorted(set(self.conditioning_dropout) - set(self.parents)):
+        parents = found.data.get("parents", names)
+        if unknown := sorted(set(names) - set(parents)):
             raise ValueError(
-                f"conditioning_dropout names {', '.join(unknown)}, expected some of parents "
-                f"({', '.join(self.parents)})"
+                f"it names {', '.join(unknown)}, expected some of parents ({', '.join(parents)}); correct it"
             )
-        return self
+        return names

@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 
 from cfssl.errors import UserError
-from cfssl.generators.hvae_deep import SIZES, DeepBlock, PublishedNetworkSettings
+from cfssl.generators.hvae_deep import DeepBlock, PublishedNetworkSettings
 from cfssl.generators.hvae_network import HVAE
+from cfssl.generators.hvae_sizes import SIZES
 
 TINY = {
     "encoder": "8b1d2,4b1d4,1b1",
@@ -133,9 +134,9 @@ def test_blocks_are_scaled_with_the_depth() -> None:
         ({"encoder": "64x1"}, "stage '64x1' of '64x1', expected e.g. 32b3d2"),
         ({"decoder": "1b4,4b4,8b4,16b4"}, "pass different resolutions"),
         ({"decoder": "1b0,4b4"}, "stage '1b0'"),
-        ({"widths": [16, 32]}, "widths has 2 numbers, expected one for each of the 5"),
-        ({"latents": [16]}, "latents has 1 numbers"),
-        ({"widths": [2, 32, 64, 128, 256]}, "widths has 2, expected at least 4"),
+        ({"widths": [16, 32]}, "2 numbers, expected one for each of the 5"),
+        ({"latents": [16]}, "1 numbers, expected one for each of the 5"),
+        ({"widths": [2, 32, 64, 128, 256]}, "greater than or equal to 4"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(options: dict[str, Any], sentence: str) -> None:
