@@ -132,7 +132,12 @@ def run_all(data_root: str | None, runs: Path, jobs: int) -> None:
     waves: list[dict[str, tuple[str, list[str]]]] = [{}, {}, {}, {}]
     for recipe, overrides in [*planned.values(), judge]:
         job = pipeline(recipe, overrides, runs)
-        stages = (job.table_stage, job.generator_stage, job.bank_stage, job.encoder_stage)
+        stages = (
+            job.table_stage,
+            job.generation.generator_stage,
+            job.generation.bank_stage,
+            job.encoder_stage,
+        )
         for wave, stage in zip(waves, stages, strict=True):
             if stage is not None and not stage.done:
                 wave.setdefault(stage.key, (recipe, overrides))
@@ -166,7 +171,12 @@ def stage_seconds(scores: "Scores", runs: Path) -> float:
     judge = pipeline("phantom_simclr.yaml", [*WORLD, *JUDGE], runs)
     seconds: dict[str, float] = {}
     for job in [*scores.jobs.values(), judge]:
-        for stage in (job.table_stage, job.generator_stage, job.bank_stage, job.encoder_stage):
+        for stage in (
+            job.table_stage,
+            job.generation.generator_stage,
+            job.generation.bank_stage,
+            job.encoder_stage,
+        ):
             if stage is not None:
                 seconds[stage.key] = read_json(stage.folder / "done.json")["seconds"]
     return sum(seconds.values())
@@ -238,7 +248,7 @@ def judge_generators(scores: Scores, runs: Path, rows: int = 1000) -> dict[str, 
     per_seed: dict[str, list[float]] = {}
     for seed in SEEDS:
         job = scores.jobs["hvae", "cf", seed]
-        generator, table = job.generator, job.table
+        generator, table = job.generation.generator, job.table
         assert generator is not None
         chosen = table.rows("test")[:rows]
         x, pa = to_signed(table.images.read(chosen)), table.encode(generator.graph.variables, chosen)

@@ -87,7 +87,7 @@ def stages_of(job: Pipeline) -> Table:
     """What was made for this check, what would run and what would be reused."""
     shown = Table("stage", "key", "", "folder", title="Stages", title_justify="left")
     for stage in job.stages():
-        used = job.used.get(stage.folder.name)
+        used = job.production.used.get(stage.folder.name)
         if used is not None and not used["reused"]:
             state = "made now"
         elif stage.done:

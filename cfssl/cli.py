@@ -71,7 +71,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quie
     job = pipeline(recipe, overrides, runs, quiet)
     job.run()
     path = report_of(job)
-    for record in job.used.values():
+    for record in job.production.used.values():
         print(f"{record['stage']:<11} {'reused' if record['reused'] else 'made  '} {record['folder']}")
     print(path)
 
@@ -98,9 +98,9 @@ def schema() -> None:
 def fit(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -> None:
     """Fit the generator of a recipe."""
     job = pipeline(recipe, overrides, runs, quiet)
-    if job.generator_stage is None or job.generator is None:
+    if job.generation.generator_stage is None or job.generation.generator is None:
         raise UserError(f"The recipe {recipe} has no generator to fit; add a generator section.")
-    print(job.generator_stage.folder)
+    print(job.generation.generator_stage.folder)
 
 
 @bank_app.command("build")
@@ -115,9 +115,9 @@ def bank_build(
 ) -> None:
     """Write the counterfactuals of a recipe's training images."""
     job = pipeline(recipe, overrides, runs, quiet)
-    if job.bank_stage.done:
-        job.build_bank(job.bank_stage.folder, check)  # mends what was lost since
-    print(job.bank.path)
+    if job.generation.bank_stage.done:
+        job.generation.build_bank(job.generation.bank_stage.folder, check)  # mends what was lost since
+    print(job.generation.bank.path)
 
 
 @bank_app.command("verify")
@@ -149,12 +149,22 @@ def bank_show(
     quiet: Quiet = False,
 ) -> None:
     """A contact sheet: originals beside their counterfactuals (and the truth, where there is one)."""
-    from cfssl.summary import bank_sheet
+    from cfssl.sheets import bank_sheet
 
     job = pipeline(recipe, overrides, runs, quiet)
     path = output or job.folder / "bank.png"
     bank_sheet(job, path, items)
     print(path)
+
+
+@bank_app.command("audit")
+def bank_audit(
+    recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False
+) -> None:
+    """Measure a recipe's generator: every axiom, amplification, and the truth where it is known."""
+    from cfssl.summary import audit_page
+
+    print(audit_page(pipeline(recipe, overrides, runs, quiet)))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The stages of a recipe, in order, each kept under the key of everything it depends on.
 
     table -> generator -> bank -> encoder -> features -> evaluations -> report
+             `---- generation.py ----'
 
 The key of a stage = hash(its section of the recipe + keys of its inputs + code version of its rooms). A stage
 lives in `RUNS/stages/<stage>-<key>/` and is finished when its `done.json` is there; recipes that agree up to
@@ -8,9 +9,6 @@ a stage share it. A stage that was interrupted goes on where it stopped. `RUNS/<
 person looks for: the resolved recipe, the environment, which stages were used, and the report.
 """
 
-import os
-import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,35 +17,30 @@ import numpy as np
 from torch import nn
 
 from cfssl.agreement import check_against_table
-from cfssl.bank.build import build, plan_views
-from cfssl.bank.store import Bank
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.plan import ViewSource
 from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
-from cfssl.engine.progress import ProgressBar
-from cfssl.engine.run import Run, Tracker, torch_threads
+from cfssl.engine.run import Run
 from cfssl.evaluate.evaluations import evaluate, load_scores, save_scores
 from cfssl.evaluate.features import extract, load_features, save_features
-from cfssl.files import made_folders, read_json, write_json
-from cfssl.generators import FittedGenerator, create_generator
+from cfssl.files import read_json, write_json
+from cfssl.generation import Generation
 from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
+from cfssl.production import Production
 from cfssl.provenance import environment, git_state
 from cfssl.recipe import Recipe, write_recipe
 from cfssl.stages import (
-    BANK_CODE,
     ENCODER_CODE,
     EVALUATION_CODE,
     FEATURE_CODE,
-    GENERATOR_CODE,
     TABLE_CODE,
     Stage,
-    keyed_stage,
 )
 
 
@@ -58,47 +51,31 @@ class Pipeline:
     def __init__(self, recipe: Recipe, runs: Path, quiet: bool = False) -> None:
         self.recipe, self.runs, self.quiet = recipe, runs, quiet
         self.folder = runs / recipe.name
-        self.used: dict[str, dict[str, Any]] = {}
-
-    def _stage(self, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
-        return keyed_stage(self.runs, name, *content, code=code)
+        self.production = Production(recipe, runs, quiet)
+        self.generation = Generation(self.production, self.table_stage.key, lambda: self.table)
 
     @cached_property
     def table_stage(self) -> Stage:
-        return self._stage("table", data_source(self.recipe.data), code=TABLE_CODE)
-
-    @cached_property
-    def generator_stage(self) -> Stage | None:
-        if self.recipe.generator is None:
-            return None
-        section, precision = self.recipe.section("generator"), self.recipe.hardware.precision
-        return self._stage("generator", section, precision, self.table_stage.key, code=GENERATOR_CODE)
-
-    @cached_property
-    def bank_stage(self) -> Stage:
-        generator = self.generator_stage.key if self.generator_stage else None
-        return self._stage(
-            "bank", self.recipe.section("bank"), self.table_stage.key, generator, code=BANK_CODE
-        )
+        return self.production.stage("table", data_source(self.recipe.data), code=TABLE_CODE)
 
     @cached_property
     def encoder_stage(self) -> Stage:
         sections = [self.recipe.section(name) for name in ("views", "objective", "backbone", "train")]
-        precision = self.recipe.hardware.precision
-        return self._stage("encoder", sections, precision, self.bank_stage.key, code=ENCODER_CODE)
+        keys = self.recipe.hardware.precision, self.generation.bank_stage.key
+        return self.production.stage("encoder", sections, *keys, code=ENCODER_CODE)
 
     @cached_property
     def features_stage(self) -> Stage:
-        return self._stage("features", self.encoder_stage.key, self.table_stage.key, code=FEATURE_CODE)
+        keys = self.encoder_stage.key, self.table_stage.key
+        return self.production.stage("features", *keys, code=FEATURE_CODE)
 
     def evaluation_stage(self, index: int) -> Stage:
         section = self.recipe.section("evaluate")[index]
-        return self._stage("evaluation", section, self.features_stage.key, code=EVALUATION_CODE)
+        return self.production.stage("evaluation", section, self.features_stage.key, code=EVALUATION_CODE)
 
     def stages(self) -> list[Stage]:
         """All stages of the recipe, in order."""
-        early = [self.table_stage, self.generator_stage, self.bank_stage, self.encoder_stage]
-        found = [stage for stage in early if stage is not None]
+        found = [self.table_stage, *self.generation.stages(), self.encoder_stage]
         if self.recipe.evaluate:
             evaluations = [self.evaluation_stage(index) for index in range(len(self.recipe.evaluate))]
             found += [self.features_stage, *evaluations]
@@ -112,61 +89,14 @@ class Pipeline:
         def make(folder: Path) -> None:
             prepare_dataset(settings, folder / "table", self.quiet)
 
-        self._finish(self.table_stage, make)
+        self.production.finish(self.table_stage, make)
         table = open_dataset(settings, self.table_stage.folder / "table")
         check_against_table(self.recipe, table)
         return table
 
-    @cached_property
-    def generator(self) -> FittedGenerator | None:
-        stage, settings = self.generator_stage, self.recipe.generator
-        if stage is None or settings is None:
-            return None
-        generator = create_generator(settings, self.table)
-
-        def make(folder: Path) -> None:
-            run = self._run(folder)
-            generator.fit(self.table, run)
-            generator.save(stage.product)
-            run.close()
-
-        self._finish(stage, make)
-        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
-        generator.load(stage.product)
-        generator.to(self.recipe.hardware.device)
-        return generator
-
-    @cached_property
-    def bank(self) -> Bank:
-        """The opened bank; raises `UserError` when one of its files is missing or truncated."""
-        self._finish(self.bank_stage, self.build_bank)
-        made_by = self.generator.fingerprint if self.generator is not None else None
-        folder = self.bank_stage.folder / "bank"
-        return Bank.open(folder, table_fingerprint=self.table.fingerprint, generator_fingerprint=made_by)
-
-    def build_bank(self, stage_folder: Path, check: bool = False) -> None:
-        """Writes the shards that are missing or incomplete, and with `check` those whose bytes fail; also
-        mends a finished bank whose files were lost."""
-        table, generator, settings = self.table, self.generator, self.recipe.bank
-        graph = generator.graph if generator is not None else None
-        views = plan_views(settings.do, graph, table.attributes) if settings.do else []
-        rows = table.rows("train")
-        with ProgressBar("bank", total=len(rows), quiet=self.quiet) as bar:
-            build(
-                stage_folder / "bank",
-                table,
-                rows,
-                generator,
-                views,
-                megabytes=settings.shard_megabytes,
-                device=self.recipe.hardware.device,
-                check=check,
-                progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
-            )
-
     def view_data(self) -> ViewData:
         """The batches of the pre-training, as functions of the step."""
-        recipe, bank = self.recipe, self.bank
+        recipe, bank = self.recipe, self.generation.bank
         names: tuple[str, ...] = ()
         source: ViewSource = bank
         if isinstance(recipe.objective, SupervisedSettings):
@@ -206,12 +136,12 @@ class Pipeline:
         label = f"{self.recipe.name}: {self.recipe.objective.name}"
 
         def make(folder: Path) -> None:
-            run = self._run(folder)
+            run = self.production.run(folder)
             fit(objective, self.view_data(), self.recipe.train, run, label)
             save_checkpoint(stage.product, objective.state_dict())
             run.close()
 
-        self._finish(stage, make)
+        self.production.finish(stage, make)
         # Not before the stage counts as finished: a run killed in between would train again from nothing.
         Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
         objective.load_state_dict(load_checkpoint(stage.product))
@@ -239,7 +169,7 @@ class Pipeline:
             found = extract(self.encoder, self.table, rows, views.size, views.border, quiet=self.quiet)
             save_features(stage.product, found)
 
-        self._finish(stage, make)
+        self.production.finish(stage, make)
         return load_features(stage.product)
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -258,7 +188,7 @@ class Pipeline:
                 made_by = {"encoder": self.encoder_stage.key, "git": git_state()}
                 write_json(product, [{**result, **made_by} for result in found])
 
-            self._finish(stage, make)
+            self.production.finish(stage, make)
             found = [{**result, "train_seed": self.recipe.train.seed} for result in read_json(stage.product)]
             write_json(self.folder / f"{settings.label}.json", found)
             results += found
@@ -276,11 +206,13 @@ class Pipeline:
         write_json(
             self.folder / "environment.json", {**environment(), "data_fingerprint": self.table.fingerprint}
         )
+        if self.recipe.audit is not None:  # a poor bank is known before hours of training
+            self.generation.audited()
         self.objective  # noqa: B018  trained also when nothing is evaluated
         results = self.evaluations()
         for stage in self.stages():  # what was not even opened, because what follows from it was there
-            self.used.setdefault(stage.folder.name, self._record(stage, reused=True))
-        write_json(self.folder / "stages.json", self.used)
+            self.production.note(stage, reused=True)
+        write_json(self.folder / "stages.json", self.production.used)
         return results
 
     def export(self, folder: Path) -> None:
@@ -293,36 +225,3 @@ class Pipeline:
             "data_fingerprint": self.table.fingerprint,
         }
         export_encoder(self.encoder, folder, self.recipe.backbone.name, (channels, *size), provenance)
-
-    def _run(self, folder: Path) -> Run:
-        return Run(folder, self.recipe.hardware, quiet=self.quiet, trackers=trackers(self.recipe, folder))
-
-    def _finish(self, stage: Stage, make: Callable[[Path], None]) -> None:
-        """Runs `make` unless the stage is done already, and notes what was used."""
-        reused = stage.done
-        if not reused:
-            started = time.monotonic()
-            with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
-                make(stage.folder)
-            record = {"stage": stage.name, "key": stage.key, "seconds": round(time.monotonic() - started, 2)}
-            write_json(stage.folder / "done.json", {**record, **environment()})
-        self.used.setdefault(stage.folder.name, self._record(stage, reused))
-
-    def _record(self, stage: Stage, reused: bool) -> dict[str, Any]:
-        return {"stage": stage.name, "folder": str(stage.folder), "reused": reused}
-
-
-def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:
-    """wandb is offline unless WANDB_MODE says otherwise: a forgotten online mode blocks for minutes on
-    compute nodes without a network."""
-    if recipe.track == "none":
-        return ()
-    import wandb
-
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    settings = recipe.model_dump(mode="json")
-    run = wandb.init(
-        project="cfssl", name=recipe.name, dir=folder, id=folder.name, resume="allow", config=settings
-    )
-    return (run,)

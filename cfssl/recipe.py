@@ -26,8 +26,9 @@ from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
 from cfssl.errors import UserError
-from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.evaluate.settings import AuditSettings, EvaluationSettings
 from cfssl.files import write_text
+from cfssl.generators.finetune import FinetuneSettings
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
 from cfssl.models.backbone import BackboneSettings
@@ -46,7 +47,9 @@ class Recipe(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Annotated[DataSettings, Field(discriminator="name")]
     generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
+    finetune: FinetuneSettings | None = None
     bank: BankSettings = Field(default_factory=BankSettings)
+    audit: AuditSettings | None = None
     views: ViewSettings = Field(default_factory=ViewSettings)
     objective: Annotated[SimCLRSettings | SupervisedSettings, Field(discriminator="name")] = Field(
         default_factory=SimCLRSettings
@@ -69,6 +72,28 @@ class Recipe(BaseModel):
             found.append(
                 "bank.do asks for counterfactuals, but there is no generator; add one or remove bank.do"
             )
+        if self.finetune is not None and not isinstance(self.generator, HVAESettings):
+            found.append("finetune changes an hvae, but generator is not one; set generator.name: hvae")
+        if self.finetune is not None and isinstance(self.generator, HVAESettings):
+            variables = {*self.generator.parents, *self.generator.graph}
+            variables.update(*self.generator.graph.values())
+            if strangers := sorted(set(self.finetune.do) - variables):
+                found.append(
+                    f"finetune.do intervenes on {strangers}, which is not among the generator's variables "
+                    f"{sorted(variables)}"
+                )
+        if self.audit is not None and not self.bank.do:
+            found.append("audit looks at the counterfactuals of bank.do, which is empty; name what to do")
+        if self.bank.gate is not None and self.audit is None:
+            found.append("bank.gate drops views that audit.judge disagrees with; add audit.judge")
+        if self.audit is not None and self.finetune is not None:
+            guides = [rule.guide for rule in self.finetune.rules]
+            for judge, name in ((self.audit.judge, "judge"), (self.audit.segmentor, "segmentor")):
+                if judge in guides:
+                    found.append(
+                        f"audit.{name} is the very guide of finetune.rules[{guides.index(judge)}]; give it "
+                        "another train.seed and the other part of the training images"
+                    )
         if self.generator is not None and not self.bank.do:
             found.append(
                 "generator is given, but bank.do is empty; name what to intervene on, e.g. bank.do: "

@@ -27,6 +27,7 @@ TABLE_CODE = (
     "data/columns.py",
     "data/npz.py",
     "data/readers.py",
+    "data/regions.py",
     "data/sources.py",
     "data/splits.py",
     "data/prepare.py",
@@ -35,10 +36,45 @@ TABLE_CODE = (
     "data/morphomnist.py",
     "data/phantoms",
 )
-GENERATOR_CODE = ("scm", "generators", *TRAINING_CODE)
-BANK_CODE = ("seeds.py", "data/pixels.py", "bank/build.py", "bank/shards.py", "generators/base.py", "scm")
+HVAE_CODE = (
+    "scm",
+    "generators/base.py",
+    "generators/settings.py",
+    "generators/hvae.py",
+    "generators/hvae_deep.py",
+    "generators/hvae_likelihood.py",
+    "generators/hvae_network.py",
+    "generators/hvae_settings.py",
+    "generators/hvae_sizes.py",
+    "generators/hvae_small.py",
+    "generators/hvae_training.py",
+)
+ORACLE_CODE = (
+    "seeds.py",
+    "data/phantoms",
+    "data/regions.py",
+    "generators/base.py",
+    "generators/oracle.py",
+    "scm",
+)
+GENERATOR_CODE = (*HVAE_CODE, *ORACLE_CODE, *TRAINING_CODE)
+MEASURE_CODE = ("measure", *TRAINING_CODE)
+FINETUNE_CODE = ("generators/finetune.py", "generators/targets.py", *MEASURE_CODE)
+BANK_CODE = (
+    "seeds.py",
+    "data/pixels.py",
+    "bank/build.py",
+    "bank/gate.py",
+    "bank/maps.py",
+    "bank/records.py",
+    "bank/shards.py",
+    "bank/store.py",
+    "generators/base.py",
+    "scm",
+)
 ENCODER_CODE = (
     "bank/store.py",
+    "bank/maps.py",
     "data/plan.py",
     "data/views.py",
     "data/geometry.py",
@@ -58,13 +94,27 @@ EVALUATION_CODE = (
     "evaluate/choice.py",
 )
 
+AUDIT_CODE = (
+    "seeds.py",
+    "data/pixels.py",
+    "data/regions.py",
+    "bank/build.py",
+    "evaluate",
+    "generators",
+    "scm",
+)
+
 PRODUCTS = {
     "table": "table/table.json",
+    "measure": "measure.safetensors",
     "generator": "generator.safetensors",
+    "finetune": "generator.safetensors",
     "bank": "bank/bank.json",
     "encoder": "objective.safetensors",
     "features": "features.npy",
     "evaluation": "result.json",
+    "audit": "audit.json",
+    "scores": "scores.npz",
 }
 
 

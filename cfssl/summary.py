@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError
 from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
 from cfssl.evaluate.settings import EvaluationSettings
-from cfssl.generators.base import intervention
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
+from cfssl.sheets import audited_sheet, bank_sheet, slot_names
+from cfssl.visualise.audit import write_audit
 from cfssl.visualise.curves import loss_curves
 from cfssl.visualise.report import MINUS, Arm, Picture, Report, titled, write_report
-from cfssl.visualise.views import counterfactual_sheet, view_grid
+from cfssl.visualise.views import view_grid
 
 
 def report_of(job: Pipeline) -> Path:
@@ -39,7 +39,7 @@ def compare(
     *_, shown = jobs.values()
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    if shown.bank.views:
+    if shown.generation.bank.views:
         path = folder / "bank.png"
         bank_sheet(shown, path)
         truth = " beside the true counterfactual, rendered from the same patient" if shown.table.truth else ""
@@ -47,7 +47,7 @@ def compare(
         pictures.append(Picture("Counterfactuals", caption, path))
     for name, job in jobs.items():
         path = folder / f"views-{job.recipe.name}.png"
-        view_grid(path, job.view_data()[0][0], names=slot_names(job.bank))
+        view_grid(path, job.view_data()[0][0], names=slot_names(job.generation.bank))
         pictures.append(Picture(f"First batch: {name}", "Views as the objective sees them.", path))
     curves = folder / "loss.png"
     loss_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
@@ -129,55 +129,21 @@ def differences_of(
     return [{"of": f"{what}, {where}", "unit": "AUC", **entry} for where, entry in found.items()]
 
 
-def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
-    """Originals beside their counterfactuals, and the truth where the table has one. Items are spread over
-    the bank's domains."""
-    bank, table = job.bank, job.table
-    if not bank.views:
+def audit_page(job: Pipeline, items: int = 6) -> Path:
+    """The page of a recipe's audit, with counterfactuals of images of the audited split."""
+    if job.recipe.audit is None or job.generation.generator is None:
         raise UserError(
-            f"The bank of {job.recipe.name} holds real images only; add a generator and bank.do to the "
-            "recipe."
+            f"The recipe {job.recipe.name} has no audit; add a section audit with a judge, e.g. audit: "
+            "{judge: {attributes: [scanner, sex, disease]}}."
         )
-    chosen = spread_over_domains(bank, table, items)
-    slots = np.arange(1 + len(bank.views))
-    stored = bank.gather(chosen, np.tile(slots, (len(chosen), 1)))  # (n, 1 + K, C, H, W)
-    truths = None
-    if table.truth is not None:
-        rows = bank.rows[chosen]
-        rendered = [
-            table.truth.counterfactual(rows, table.truth.attributes(rows, do))
-            for do in (intervention(view, table.attributes, len(chosen)) for view in bank.views)
-        ]
-        truths = np.stack(rendered, axis=1)
-    variable = next(iter(bank.views[0]))
-    factual = [f"{variable} {value}" for value in table.frame[variable].iloc[bank.rows[chosen]]]
-    available = bank.available[chosen][:, 1:]
-    counterfactual_sheet(
-        path, stored[:, 0], stored[:, 1:], truths, slot_names(bank)[1:], factual, available=available
-    )
-
-
-def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray:
-    """Items (count,) whose values of the first intervened variable take turns, in the order of the bank.
-    Items whose value is missing have no counterfactual to show."""
-    values = table.frame[next(iter(bank.views[0]))].iloc[bank.rows]
-    known, texts = values.notna().to_numpy(), [str(value) for value in values]
-    domains = sorted({text for text, is_known in zip(texts, known, strict=True) if is_known})
-    queues = [np.flatnonzero(known & (np.array(texts) == domain)).tolist() for domain in domains]
-    chosen: list[int] = []
-    while len(chosen) < min(count, known.sum()):
-        for queue in queues:
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
-    return np.array(sorted(chosen, key=lambda item: (texts[item], item)), dtype=np.int64)
-
-
-def slot_names(bank: Bank) -> list[str]:
-    """ "real", then do(...) of every slot."""
-    return [
-        "real",
-        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
-    ]
+    record, folder = job.generation.audited(), job.folder / "audit"
+    folder.mkdir(parents=True, exist_ok=True)
+    audited_sheet(job, folder / "counterfactuals.png", items)
+    caption = f"Images of the {record['split']} split under every do() of the bank, none of them trained on."
+    sheet = Picture("Counterfactuals", caption, folder / "counterfactuals.png")
+    made_by = {name: record[name] for name in ("generator", "split", "n")}
+    provenance = {**made_by, "judge": record["judge"]["fingerprint"], **environment()}
+    return write_audit(record, folder, f"Audit of {job.recipe.name}", provenance, [sheet])
 
 
 def print_result(result: Mapping[str, Any]) -> None:

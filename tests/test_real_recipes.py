@@ -47,8 +47,7 @@ def test_a_recipe_on_real_images_runs(name: str, groups: set[str], shared_data: 
         assert not set(group[inside]) & set(group[~inside])
     if job.recipe.generator is not None:
         variable = job.recipe.generator.parents[0]
-        known = job.table.frame[variable].notna().to_numpy()[job.bank.rows]
+        known = job.table.frame[variable].notna().to_numpy()[job.generation.bank.rows]
         # images whose acquisition is unknown keep their real image; the others have every value but their own
-        np.testing.assert_array_equal(
-            job.bank.available[:, 1:].sum(1), np.where(known, len(job.bank.views) - 1, 0)
-        )
+        bank = job.generation.bank
+        np.testing.assert_array_equal(bank.available[:, 1:].sum(1), np.where(known, len(bank.views) - 1, 0))

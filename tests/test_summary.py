@@ -14,16 +14,14 @@ from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, pair
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
+from cfssl.sheets import bank_sheet, slot_names, spread_over_domains
 from cfssl.summary import (
-    bank_sheet,
     compare,
     curves_caption,
     differences,
     differences_of,
     print_result,
     report_of,
-    slot_names,
-    spread_over_domains,
 )
 
 PLAIN: dict[str, Any] = {

@@ -11,7 +11,7 @@ it taught.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ from cfssl.data.pixels import to_signed
 from cfssl.data.table import Attribute, Attributes
 from cfssl.errors import UserError
 from cfssl.generators.base import intervention
-from cfssl.measure.predictor import AttributePredictor
 
 JUDGED = 256  # images that are judged at a time
 
@@ -39,38 +38,6 @@ class Judge(Protocol):
         probability of the target (n,), of several discrete variables the least, NaN without one; and the
         error (n,) of the continuous ones in standard deviations, of several the largest, NaN without one."""
         ...
-
-
-class PredictorJudge:
-    """A frozen attribute predictor as judge."""
-
-    def __init__(self, predictor: AttributePredictor, names: Iterable[str]) -> None:
-        """`names`: the variables that the bank intervenes on. Raises `UserError` for one that is not
-        predicted."""
-        for name in names:
-            predictor.network.head(name)
-        self.predictor = predictor
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor, target: Attributes) -> tuple[np.ndarray, np.ndarray]:
-        """See `Judge`; on the device of the predictor."""
-        if tuple(images.shape[1:]) != self.predictor.shape:
-            raise UserError(
-                f"The images to judge are {tuple(images.shape[1:])}, and the attribute predictor was made "
-                f"for {self.predictor.shape}; train one on images of this size."
-            )
-        outputs = self.predictor(images)
-        agreement, error = [], []
-        for name, wanted in target.items():
-            head = self.predictor.network.head(name)
-            if head.is_continuous:
-                error.append((self.predictor.value(outputs, name) - wanted).abs() / head.std)
-            else:
-                agreement.append(self.predictor.probabilities(outputs, name).gather(1, wanted[:, None])[:, 0])
-        unasked = images.new_full((len(images),), torch.nan)
-        least = torch.stack(agreement).amin(0) if agreement else unasked
-        largest = torch.stack(error).amax(0) if error else unasked
-        return least.double().cpu().numpy(), largest.double().cpu().numpy()
 
 
 def apply_gate(

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cfssl.measure.predictor import PredictorSettings
+from cfssl.measure.segmentor import SegmentorSettings
 from cfssl.settings import STRICT, Count
 
 
@@ -25,3 +27,19 @@ class EvaluationSettings:
     def label(self) -> str:
         """Names the result file."""
         return f"{self.name}-{self.target}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class AuditSettings:
+    """`judge`: the predictor that says what counterfactuals show; it is trained on real images alone and must
+    be no guide of the fine-tuning, so give it another seed, and best the other half of the training images
+    (`part: second`). `segmentor`: measures areas, needed where bank.do intervenes on one. `rows`: how many
+    images of `split` are audited. `cycles`: null interventions and there-and-backs in a row."""
+
+    judge: PredictorSettings
+    segmentor: SegmentorSettings | None = None
+    split: Literal["val", "test"] = "val"
+    rows: Count = 500
+    cycles: tuple[Count, ...] = (1, 10)
+    resamples: Count = 1000
+    seed: int = 0

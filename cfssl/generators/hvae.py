@@ -46,6 +46,7 @@ from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import StructuralCausalModel
 from cfssl.scm.parents import ParentEncoder
 from cfssl.seeds import derive_seed, torch_generator
+from cfssl.stages import HVAE_CODE
 
 
 class HVAEGenerator:
@@ -99,7 +100,7 @@ class HVAEGenerator:
             raise UserError(
                 "The HVAE generator has not been fitted; fit or load it before it makes counterfactuals."
             )
-        code = code_version("generators", "scm")
+        code = code_version(*HVAE_CODE)
         return fingerprint("hvae", self._state_fingerprint, self._identity, code)
 
     def fit(self, table: ImageTable, run: Run) -> None:

@@ -26,6 +26,7 @@ from cfssl.provenance import code_version, fingerprint
 from cfssl.scm.mechanisms import Randomness
 from cfssl.scm.model import as_values, refuse_missing
 from cfssl.settings import STRICT
+from cfssl.stages import ORACLE_CODE
 
 CHUNK = 1024  # images hashed at a time
 REMEMBERED = 2**16  # counterfactuals that are recognised, the last ones rendered
@@ -58,7 +59,7 @@ class OracleGenerator:
     def fingerprint(self) -> str:
         """Of the world it renders, the graph and the code. Raises UserError before `fit` or `load`."""
         self._refuse_unfitted("before it makes counterfactuals")
-        code = code_version("generators/oracle.py", "generators/base.py", "scm", "data/phantoms", "seeds.py")
+        code = code_version(*ORACLE_CODE)
         return fingerprint("oracle", self._identity, code)
 
     def fit(self, table: ImageTable, run: Run) -> None:

@@ -28,8 +28,10 @@ def write_audit(
     folder: Path,
     title: str = "Audit of a generator",
     provenance: Mapping[str, Any] | None = None,
+    sheets: Sequence[Picture] = (),
 ) -> Path:
-    """Writes `audit.html`, `audit.md` and their pictures into `folder`; returns the page."""
+    """Writes `audit.html`, `audit.md` and their pictures into `folder`; returns the page. `sheets` are shown
+    after the matrix."""
     folder = Path(folder)
     amplified = record["amplification"]
     pictures = [
@@ -39,7 +41,8 @@ def write_audit(
             "attribute that was set. Dashed: what descends from it and may change. Everything else should "
             "be 0.",
             folder / "amplification.png",
-        )
+        ),
+        *sheets,
     ]
     amplification_map(pictures[0].path, amplified)
     for name, heading, caption, panels in (

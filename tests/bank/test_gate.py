@@ -22,12 +22,13 @@ from bank_toys import (
 )
 
 from cfssl.bank import shards
-from cfssl.bank.gate import PredictorJudge, apply_gate
+from cfssl.bank.gate import apply_gate
 from cfssl.bank.settings import BankSettings, GateSettings
 from cfssl.bank.shards import FORMAT, GATED_FORMAT, finish
 from cfssl.bank.store import Bank, verify
 from cfssl.data.plan import CounterfactualPlan, SlotPlan
 from cfssl.errors import UserError
+from cfssl.measure.judge import PredictorJudge
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings
 
 VIEWS = [*({"scanner": name} for name in SCANNERS), {"age": 30.0}, {"scanner": "B", "age": 70.0}]

@@ -1,0 +1,178 @@
+"""Do hard labels in counterfactual fine-tuning amplify attributes that were not intervened on, and do soft
+labels not?
+
+    python benchmarks/amplification.py --data-root PATH [--jobs 2]
+
+Worlds: `digits` (Morpho-MNIST with three added attributes) and `chest` (phantom_chest), whose recorded
+labels are partly wrong, so that the best possible AUC of every attribute is known (benchmarks/worlds.py).
+Three seeds of every network; per seed one base HVAE, from which all arms start with the same order, noise and
+interventions: no fine-tuning, hard, soft, and the control shuffled, whose soft targets are those of other
+images. The guide is trained on one half of the training images, the judge, another network with another seed,
+on the other half. All interventions of a test image are scored once. Resumable: everything lives in
+content-addressed stages.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import arm, base, finished, in_batches, in_processes, load_arrays, plain, predictor, save_arrays
+from torch import Tensor
+
+from cfssl.data.pixels import to_signed
+from cfssl.data.table import ImageTable
+from cfssl.generators.finetune import FinetuneSettings, FinetuneTrainSettings
+from cfssl.generators.hvae import HVAEGenerator
+from cfssl.generators.hvae_settings import HVAESettings, HVAETrainSettings
+from cfssl.generators.hvae_small import SmallNetworkSettings
+from cfssl.generators.targets import AttributeRule, AttributeRuleSettings, Counterfactual
+from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
+from cfssl.seeds import torch_generator
+from cfssl.stages import GENERATOR_CODE, keyed_stage
+
+SEEDS = (0, 1, 2)
+ARMS = ("none", "hard", "soft", "shuffled")
+DRAW = 1  # of the worlds; budgets were chosen on draw 100
+ADDED = {"digits": ("ramp", "grating", "patch"), "chest": ("sex", "scanner", "disease")}
+OTHERS = {"digits": ("thickness", "intensity", "digit"), "chest": ("age",)}
+GRAPHS: dict[str, dict[str, tuple[str, ...]]] = {"digits": {"intensity": ("thickness",)}, "chest": {}}
+WIDTHS = {"digits": (12, 24, 32, 48), "chest": (16, 24, 32, 48)}
+EPOCHS = {"digits": 8, "chest": 12}
+FINE = {"digits": (5, 64), "chest": (7, 32)}  # epochs, batch
+
+
+class Shuffled(AttributeRule):
+    """The control: soft targets that belong to other images of the batch say nothing about this one."""
+
+    def factual(self, made: Counterfactual) -> dict[str, Tensor]:
+        return {name: value.roll(1, 0) for name, value in super().factual(made).items()}
+
+
+def generator_settings(world: str, seed: int) -> HVAESettings:
+    return HVAESettings(
+        parents=(*OTHERS[world], *ADDED[world]),
+        graph=GRAPHS[world],
+        network=SmallNetworkSettings(widths=WIDTHS[world]),
+        sigma="shared",
+        beta=1.0,
+        train=HVAETrainSettings(epochs=EPOCHS[world], batch=FINE[world][1], seed=seed),
+    )
+
+
+def predictor_settings(world: str, role: str, seed: int) -> PredictorSettings:
+    """The judge is wider, of another seed, and has seen the other half of the training images."""
+    train = PredictorTrainSettings(seed=seed if role == "guide" else 1000 + seed)
+    width, part = (16, "first") if role == "guide" else (20, "second")
+    return PredictorSettings(attributes=ADDED[world], width=width, part=part, train=train)  # type: ignore[arg-type]
+
+
+def finetune_settings(world: str, rule: str, seed: int) -> FinetuneSettings:
+    epochs, batch = FINE[world]
+    name: Any = "hard" if rule == "hard" else "soft"
+    return FinetuneSettings(
+        rules=(AttributeRuleSettings(predictor_settings(world, "guide", seed), name),),
+        do=ADDED[world],
+        train=FinetuneTrainSettings(lr=3e-4, epochs=epochs, batch=batch, seed=seed),
+    )
+
+
+def world_table(world: str, runs: Path, data_root: str | None) -> ImageTable:
+    from worlds import chest, digits
+
+    folder = runs / "worlds" / f"{world}-{DRAW}"
+    if (folder / "table.json").exists():
+        return ImageTable.open(folder)
+    if world == "chest":
+        return chest(folder, DRAW)
+    if data_root is None:
+        raise SystemExit("amplification.py: the digits need --data-root, the folder that holds morphomnist/")
+    return digits(Path(data_root) / "morphomnist", folder, DRAW)
+
+
+def generator_of(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> HVAEGenerator:
+    settings = generator_settings(world, seed)
+    if name == "none":
+        return base(runs, table, settings)[0]
+    guide = predictor(runs, table, predictor_settings(world, "guide", seed))
+    rule = Shuffled(guide, is_soft=True) if name == "shuffled" else AttributeRule(guide, name == "soft")
+    return arm(runs, table, settings, finetune_settings(world, name, seed), [rule], name)
+
+
+def scores(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> dict[str, np.ndarray]:
+    """Judge's probabilities of class 1, (N,) each: `real/j`, `do_k/j`; values set, `target/k`; reconstruction
+    error `composition` in grey levels at t_u = 0."""
+    judge = predictor(runs, table, predictor_settings(world, "judge", seed))
+    guide = predictor(runs, table, predictor_settings(world, "guide", seed))
+    assert judge.fingerprint != guide.fingerprint
+    settings = plain(generator_settings(world, seed)), plain(finetune_settings(world, name, seed))
+    stage = keyed_stage(
+        runs, "scores", name, settings, judge.fingerprint, table.fingerprint, code=(*GENERATOR_CODE,)
+    )
+
+    def make(folder: Path) -> None:
+        generator = generator_of(world, name, seed, runs, table)
+        save_arrays(stage.product, scored(world, generator, judge, table))
+
+    return load_arrays(finished(stage, make))
+
+
+def scored(
+    world: str, generator: HVAEGenerator, judge: AttributePredictor, table: ImageTable
+) -> dict[str, np.ndarray]:
+    rows = table.rows("test")
+    x, pa = to_signed(table.images.read(rows)), table.encode(generator.graph.variables, rows)
+    found: dict[str, np.ndarray] = {}
+    # Values of other test images: drawn from the marginal, the same for all arms and seeds.
+    order = torch.randperm(len(rows), generator=torch_generator("amplification", world))
+    do = {name: pa[name][order] for name in ADDED[world]}
+
+    def seen(images: Tensor) -> dict[str, np.ndarray]:
+        outputs = judge(images)
+        return {name: judge.probabilities(outputs, name)[:, 1].numpy() for name in ADDED[world]}
+
+    def batch(part: slice) -> dict[str, np.ndarray]:
+        own = {name: value[part] for name, value in pa.items()}
+        u = generator.abduct(x[part], own)
+        error = (generator.predict(u, own, residual=0.0) - x[part]).abs().flatten(1).mean(1) * 127.5
+        result = {"composition": error.numpy()}
+        result |= {f"real/{name}": value for name, value in seen(x[part]).items()}
+        for name, values in do.items():
+            changed = generator.predict(u, own | {name: values[part]})
+            result |= {f"do_{name}/{other}": value for other, value in seen(changed).items()}
+        return result
+
+    parts = in_batches(len(rows), batch)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found | {f"target/{name}": values.numpy() for name, values in do.items()}
+
+
+def prepare_seed(world: str, seed: int, options: argparse.Namespace) -> None:
+    """All arms of one seed."""
+    table = world_table(world, options.runs, options.data_root)
+    for name in ARMS:
+        scores(world, name, seed, options.runs, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--data-root", help="folder with morphomnist/")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs=2, metavar=("WORLD", "SEED"), help="prepare one seed of one world")
+    options = parser.parse_args()
+    if options.only:
+        torch.set_num_threads(1)
+        prepare_seed(options.only[0], int(options.only[1]), options)
+        return
+    for world in ADDED:
+        world_table(world, options.runs, options.data_root)
+    in_processes([["--only", world, str(seed)] for seed in SEEDS for world in ADDED], options.jobs)
+    from amplification_report import report
+
+    report(options)
+
+
+if __name__ == "__main__":
+    main()

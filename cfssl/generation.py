@@ -1,0 +1,244 @@
+"""The generator's side of a recipe: what is trained on real images to make its bank.
+
+    table -> generator -> (guides -> fine-tuned generator) -> bank (-> judge -> gate, audit)
+
+Guides and the judge are stages of their own, so that arms that differ in their target rule share the base
+generator and the guide.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cfssl.bank.build import build, plan_views
+from cfssl.bank.gate import apply_gate
+from cfssl.bank.store import Bank
+from cfssl.data.table import ImageTable
+from cfssl.engine.progress import ProgressBar
+from cfssl.engine.run import Run
+from cfssl.evaluate.audit import audit
+from cfssl.files import read_json, write_json
+from cfssl.generators import FittedGenerator, create_generator
+from cfssl.generators.finetune import finetune
+from cfssl.generators.hvae import HVAEGenerator
+from cfssl.generators.targets import TargetRule, create_rule
+from cfssl.measure import AttributePredictor, PredictorSettings, Segmentor, SegmentorSettings
+from cfssl.measure.judge import PredictorJudge
+from cfssl.production import Production
+from cfssl.stages import AUDIT_CODE, BANK_CODE, FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, Stage
+
+Measure = AttributePredictor | Segmentor
+
+
+class Generation:
+    """`table`: opens the prepared table when it is first needed; `table_key`: of its stage."""
+
+    def __init__(self, production: Production, table_key: str, table: Callable[[], ImageTable]) -> None:
+        self.production, self.recipe = production, production.recipe
+        self.table_key, self._table = table_key, table
+
+    @property
+    def table(self) -> ImageTable:
+        return self._table()
+
+    @cached_property
+    def base_stage(self) -> Stage | None:
+        """The generator as the likelihood alone makes it."""
+        if self.recipe.generator is None:
+            return None
+        section, precision = self.recipe.section("generator"), self.recipe.hardware.precision
+        return self.production.stage("generator", section, precision, self.table_key, code=GENERATOR_CODE)
+
+    @cached_property
+    def guide_stages(self) -> list[Stage]:
+        """One per rule of the fine-tuning."""
+        rules = self.recipe.finetune.rules if self.recipe.finetune else ()
+        return [self.measure_stage(rule.guide) for rule in rules]
+
+    @cached_property
+    def generator_stage(self) -> Stage | None:
+        """The generator that makes the bank, fine-tuned where the recipe says so."""
+        if self.recipe.finetune is None or self.base_stage is None:
+            return self.base_stage
+        section, precision = self.recipe.section("finetune"), self.recipe.hardware.precision
+        keys = [stage.key for stage in (self.base_stage, *self.guide_stages)]
+        return self.production.stage("finetune", section, precision, keys, code=FINETUNE_CODE)
+
+    @cached_property
+    def judge_stages(self) -> list[Stage]:
+        """The independent predictor, and the segmentor where areas are audited."""
+        return [self.measure_stage(settings) for settings in self._judges()]
+
+    @cached_property
+    def bank_stage(self) -> Stage:
+        generator = self.generator_stage.key if self.generator_stage else None
+        section = self.recipe.section("bank")
+        judges = [stage.key for stage in self.judge_stages[:1]] if self.recipe.bank.gate else None
+        return self.production.stage("bank", section, self.table_key, generator, judges, code=BANK_CODE)
+
+    @cached_property
+    def audit_stage(self) -> Stage | None:
+        if self.recipe.audit is None or self.generator_stage is None:
+            return None
+        keys = [stage.key for stage in (self.generator_stage, *self.judge_stages)]
+        sections = [self.recipe.section(name) for name in ("audit", "bank")]
+        return self.production.stage("audit", sections, keys, self.table_key, code=AUDIT_CODE)
+
+    def measure_stage(self, settings: PredictorSettings | SegmentorSettings) -> Stage:
+        """Of a guide or judge."""
+        section = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+        precision = self.recipe.hardware.precision
+        return self.production.stage("measure", section, precision, self.table_key, code=MEASURE_CODE)
+
+    def stages(self) -> list[Stage]:
+        """All stages on the way to the bank, in order, each once."""
+        judges = self.judge_stages[:1] if self.recipe.bank.gate else []
+        found = [self.base_stage, *self.guide_stages, self.generator_stage, *judges, self.bank_stage]
+        return list(dict.fromkeys(stage for stage in found if stage is not None))
+
+    @cached_property
+    def base(self) -> FittedGenerator | None:
+        """The generator before any fine-tuning, on the CPU."""
+        stage, settings = self.base_stage, self.recipe.generator
+        if stage is None or settings is None:
+            return None
+        generator = create_generator(settings, self.table)
+
+        def make(folder: Path) -> None:
+            run = self.production.run(folder)
+            generator.fit(self.table, run)
+            generator.save(stage.product)
+            run.close()
+
+        self.production.finish(stage, make)
+        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
+        generator.load(stage.product)
+        return generator
+
+    @cached_property
+    def generator(self) -> FittedGenerator | None:
+        """The generator that makes the bank, on the device of the recipe."""
+        stage, settings, generator = self.generator_stage, self.recipe.finetune, self.base
+        if stage is None or generator is None:
+            return None
+        if settings is not None:
+            assert isinstance(generator, HVAEGenerator)  # the recipe's own check
+            hvae = generator
+
+            def make(folder: Path) -> None:
+                run = self.production.run(folder)
+                finetune(hvae, self.table, self.rules(), settings, run)
+                hvae.save(stage.product)
+                run.close()
+
+            self.production.finish(stage, make)
+            Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
+            generator.load(stage.product)
+        generator.to(self.recipe.hardware.device)
+        return generator
+
+    def rules(self) -> list[TargetRule]:
+        """The target rules of the recipe's fine-tuning with their trained guides."""
+        settings = self.recipe.finetune
+        if settings is None:
+            return []
+        variables = settings.do or self.recipe.generator.parents  # type: ignore[union-attr]
+        return [create_rule(rule, self.measure(rule.guide), self.table, variables) for rule in settings.rules]
+
+    def measure(self, settings: PredictorSettings | SegmentorSettings) -> Any:
+        """A guide or judge, trained on real images, frozen."""
+        stage = self.measure_stage(settings)
+        network: Measure
+        if isinstance(settings, PredictorSettings):
+            network = AttributePredictor(settings, self.table.attributes, self.table.images.shape)
+        else:
+            network = Segmentor(settings, self.table.mask_names, self.table.images.shape)
+
+        def make(folder: Path) -> None:
+            run = self.production.run(folder)
+            network.fit(self.table, run)
+            network.save(stage.product)
+            write_json(folder / "score.json", network.score(self.table, "val"))
+            run.close()
+
+        self.production.finish(stage, make)
+        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
+        network.load(stage.product)
+        network.to(self.recipe.hardware.device)
+        return network
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The opened bank; raises `UserError` when one of its files is missing or truncated."""
+        self.production.finish(self.bank_stage, self.build_bank)
+        bank = self._open_bank()
+        if self.recipe.bank.gate is not None and bank.gate is None:  # mending an index drops the gate
+            self.build_bank(self.bank_stage.folder)
+            bank = self._open_bank()
+        return bank
+
+    def _open_bank(self) -> Bank:
+        made_by = self.generator.fingerprint if self.generator is not None else None
+        folder = self.bank_stage.folder / "bank"
+        return Bank.open(folder, table_fingerprint=self.table.fingerprint, generator_fingerprint=made_by)
+
+    def build_bank(self, stage_folder: Path, check: bool = False) -> None:
+        """Writes the shards that are missing or incomplete, and with `check` those whose bytes fail; also
+        mends a finished bank whose files were lost. Then the gate, where the recipe has one."""
+        table, generator, settings = self.table, self.generator, self.recipe.bank
+        graph = generator.graph if generator is not None else None
+        views = plan_views(settings.do, graph, table.attributes) if settings.do else []
+        rows, quiet = table.rows("train"), self.production.quiet
+        with ProgressBar("bank", total=len(rows), quiet=quiet) as bar:
+            build(
+                stage_folder / "bank",
+                table,
+                rows,
+                generator,
+                views,
+                megabytes=settings.shard_megabytes,
+                device=self.recipe.hardware.device,
+                check=check,
+                progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
+            )
+        if settings.gate is not None and self.recipe.audit is not None:
+            judge = self.measure(self.recipe.audit.judge)
+            made = int(Bank.open(stage_folder / "bank").made[:, 1:].sum())
+            with ProgressBar("gate", total=made, unit="views", quiet=quiet) as bar:
+                apply_gate(
+                    stage_folder / "bank",
+                    PredictorJudge(judge, tuple(settings.do)),
+                    settings.gate,
+                    judge.fingerprint,
+                    table.attributes,
+                    progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
+                    device=self.recipe.hardware.device,
+                )
+
+    def audited(self) -> dict[str, Any]:
+        """The audit of the generator, see `cfssl.evaluate.audit`; raises `UserError` without an audit
+        section."""
+        stage, settings, generator = self.audit_stage, self.recipe.audit, self.generator
+        assert stage is not None and settings is not None and generator is not None  # noqa: PT018
+        guides = [rule.fingerprint for rule in self.rules()]
+
+        def make(folder: Path) -> None:
+            judge = self.measure(settings.judge)
+            segmentor = self.measure(settings.segmentor) if settings.segmentor else None
+            write_json(
+                stage.product,
+                audit(generator, self.table, self.recipe.bank.do, judge, segmentor, settings, guides),
+            )
+
+        self.production.finish(stage, make)
+        found: dict[str, Any] = read_json(stage.product)
+        return found
+
+    def _judges(self) -> list[PredictorSettings | SegmentorSettings]:
+        if self.recipe.audit is None:
+            return []
+        judges = [self.recipe.audit.judge, self.recipe.audit.segmentor]
+        return [settings for settings in judges if settings is not None]

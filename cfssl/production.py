@@ -1,0 +1,65 @@
+"""How the stages of a recipe are made: each once, kept under its key, and noted as used.
+
+A stage lives in `RUNS/stages/<stage>-<key>/` and is finished when its `done.json` is there. One that was
+interrupted goes on where it stopped.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cfssl.engine.run import Run, Tracker, torch_threads
+from cfssl.files import made_folders, write_json
+from cfssl.provenance import environment
+from cfssl.recipe import Recipe
+from cfssl.stages import Stage, keyed_stage
+
+
+class Production:
+    """One recipe's stages under the folder `runs`. `used`: folder name -> what was used, made or reused."""
+
+    def __init__(self, recipe: Recipe, runs: Path, quiet: bool = False) -> None:
+        self.recipe, self.runs, self.quiet = recipe, runs, quiet
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
+        """See `keyed_stage`."""
+        return keyed_stage(self.runs, name, *content, code=code)
+
+    def run(self, folder: Path) -> Run:
+        """What a training writes to and computes on."""
+        return Run(folder, self.recipe.hardware, quiet=self.quiet, trackers=trackers(self.recipe, folder))
+
+    def finish(self, stage: Stage, make: Callable[[Path], None]) -> None:
+        """Runs `make` unless the stage is done already, and notes what was used."""
+        reused = stage.done
+        if not reused:
+            started = time.monotonic()
+            with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
+                make(stage.folder)
+            record = {"stage": stage.name, "key": stage.key, "seconds": round(time.monotonic() - started, 2)}
+            write_json(stage.folder / "done.json", {**record, **environment()})
+        self.note(stage, reused)
+
+    def note(self, stage: Stage, reused: bool) -> None:
+        """Remembers the first use of a stage."""
+        record = {"stage": stage.name, "folder": str(stage.folder), "reused": reused}
+        self.used.setdefault(stage.folder.name, record)
+
+
+def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:
+    """wandb is offline unless WANDB_MODE says otherwise: a forgotten online mode blocks for minutes on
+    compute nodes without a network."""
+    if recipe.track == "none":
+        return ()
+    import wandb
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    settings = recipe.model_dump(mode="json")
+    run = wandb.init(
+        project="cfssl", name=recipe.name, dir=folder, id=folder.name, resume="allow", config=settings
+    )
+    return (run,)

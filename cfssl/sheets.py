@@ -1,0 +1,98 @@
+"""Contact sheets of a recipe: originals beside their counterfactuals, and beside the truth where there is
+one."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cfssl.bank.build import plan_views
+from cfssl.bank.store import Bank
+from cfssl.data.pixels import to_signed, to_stored
+from cfssl.data.table import ImageTable
+from cfssl.errors import UserError
+from cfssl.generators.base import counterfactual, intervention
+from cfssl.pipeline import Pipeline
+from cfssl.seeds import torch_generator
+from cfssl.visualise.views import counterfactual_sheet
+
+
+def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
+    """Originals beside their counterfactuals, and the truth where the table has one. Items are spread over
+    the bank's domains."""
+    bank, table = job.generation.bank, job.table
+    if not bank.views:
+        raise UserError(
+            f"The bank of {job.recipe.name} holds real images only; add a generator and bank.do to the "
+            "recipe."
+        )
+    chosen = spread_over_domains(bank, table, items)
+    slots = np.arange(1 + len(bank.views))
+    stored = bank.gather(chosen, np.tile(slots, (len(chosen), 1)))  # (n, 1 + K, C, H, W)
+    truths = None
+    if table.truth is not None:
+        rows = bank.rows[chosen]
+        rendered = [
+            table.truth.counterfactual(rows, table.truth.attributes(rows, do))
+            for do in (intervention(view, table.attributes, len(chosen)) for view in bank.views)
+        ]
+        truths = np.stack(rendered, axis=1)
+    variable = next(iter(bank.views[0]))
+    factual = [f"{variable} {value}" for value in table.frame[variable].iloc[bank.rows[chosen]]]
+    available = bank.available[chosen][:, 1:]
+    counterfactual_sheet(
+        path, stored[:, 0], stored[:, 1:], truths, slot_names(bank)[1:], factual, available=available
+    )
+
+
+def audited_sheet(job: Pipeline, path: Path, items: int) -> None:
+    """Images of the audited split beside their counterfactuals, and the truth where the table has one."""
+    table, generator, settings = job.table, job.generation.generator, job.recipe.audit
+    assert generator is not None and settings is not None  # noqa: PT018
+    rows = table.rows(settings.split, known=generator.graph.variables)[:items]
+    x, pa = to_signed(table.images.read(rows)), table.encode(generator.graph.variables, rows)
+    views = plan_views(job.recipe.bank.do, generator.graph, table.attributes)
+    made, truths = [], []
+    for view in views:
+        do = intervention(view, table.attributes, len(rows))
+        images, _ = counterfactual(generator, x, pa, do, torch_generator(settings.seed, "sheet"))
+        made.append(to_stored(images, table.images.dtype))
+        if table.truth is not None:
+            truths.append(table.truth.counterfactual(rows, table.truth.attributes(rows, do)))
+    variables = dict.fromkeys(name for view in views for name in view)
+    frame = table.frame[list(variables)].iloc[rows]
+    factual = ["\n".join(f"{name} {_shown(row[name])}" for name in variables) for _, row in frame.iterrows()]
+    counterfactual_sheet(
+        path,
+        table.images.read(rows),
+        np.stack(made, axis=1),
+        np.stack(truths, axis=1) if truths else None,
+        [f"do({', '.join(f'{n}={_shown(v)}' for n, v in view.items())})" for view in views],
+        factual,
+    )
+
+
+def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray:
+    """Items (count,) whose values of the first intervened variable take turns, in the order of the bank.
+    Items whose value is missing have no counterfactual to show."""
+    values = table.frame[next(iter(bank.views[0]))].iloc[bank.rows]
+    known, texts = values.notna().to_numpy(), [str(value) for value in values]
+    domains = sorted({text for text, is_known in zip(texts, known, strict=True) if is_known})
+    queues = [np.flatnonzero(known & (np.array(texts) == domain)).tolist() for domain in domains]
+    chosen: list[int] = []
+    while len(chosen) < min(count, known.sum()):
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return np.array(sorted(chosen, key=lambda item: (texts[item], item)), dtype=np.int64)
+
+
+def slot_names(bank: Bank) -> list[str]:
+    """ "real", then do(...) of every slot."""
+    return [
+        "real",
+        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
+    ]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
