@@ -63,7 +63,7 @@ def generator_settings(world: str, seed: int) -> HVAESettings:
 
 def predictor_settings(world: str, role: str, seed: int) -> PredictorSettings:
     """The judge is wider, of another seed, and has seen the other half of the training images."""
-    train = PredictorTrainSettings(seed=seed if role == "guide" else 1000 + seed)
+    train = PredictorTrainSettings(epochs=12, seed=seed if role == "guide" else 1000 + seed)
     width, part = (16, "first") if role == "guide" else (20, "second")
     return PredictorSettings(attributes=ADDED[world], width=width, part=part, train=train)  # type: ignore[arg-type]
 

@@ -61,7 +61,7 @@ CHANGE = (0.15, 0.25)  # relative size of the intended change, up or down
 SPLITS = {"train": 0.75, "val": 0.1, "test": 0.15}
 WORLDS: dict[str, Any] = {
     "lungs": PhantomChestSettings(
-        size=64, count=4000, splits=SPLITS, domains={"A": 0.5, "B": 0.5}, seed=DRAW
+        count=4000, splits=SPLITS, domains={"A": 0.5, "B": 0.5}, balanced_test=False, seed=DRAW
     ),
     "tube": PhantomTubeSettings(size=64, count=4000, splits=SPLITS, seed=DRAW),
 }

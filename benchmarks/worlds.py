@@ -25,7 +25,12 @@ FLIPPED_DIGITS = {"ramp": 0.2, "grating": 0.3}
 GRADED = {"patch": 2.0}
 FLIPPED_CHEST = {"sex": 0.2, "scanner": 0.3, "disease": 0.2}
 DIGIT_SPLITS = {"train": 7000, "val": 1000, "test": 2000}
-CHEST = {"count": 6000, "domains": {"A": 0.5, "B": 0.5}, "splits": {"train": 0.6, "val": 0.1, "test": 0.3}}
+CHEST = {
+    "count": 6000,
+    "domains": {"A": 0.5, "B": 0.5},
+    "balanced_test": False,
+    "splits": {"train": 0.6, "val": 0.1, "test": 0.3},
+}
 
 
 def digits(root: Path | str, folder: Path, draw: int) -> ImageTable:
