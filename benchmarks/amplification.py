@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import worlds
 from arms import arm, base, finished, in_batches, in_processes, load_arrays, plain, predictor, save_arrays
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from cfssl.generators.hvae_small import SmallNetworkSettings
 from cfssl.generators.targets import AttributeRule, AttributeRuleSettings, Counterfactual
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
 from cfssl.seeds import torch_generator
-from cfssl.stages import GENERATOR_CODE, keyed_stage
+from cfssl.stages import GENERATOR_CODE, TABLE_CODE, keyed_stage
 
 SEEDS = (0, 1, 2)
 ARMS = ("none", "hard", "soft", "shuffled")
@@ -79,16 +80,17 @@ def finetune_settings(world: str, rule: str, seed: int) -> FinetuneSettings:
 
 
 def world_table(world: str, runs: Path, data_root: str | None) -> ImageTable:
-    from worlds import chest, digits
+    stage = keyed_stage(runs, "table", world, DRAW, worlds.settings(world), code=TABLE_CODE)
 
-    folder = runs / "worlds" / f"{world}-{DRAW}"
-    if (folder / "table.json").exists():
-        return ImageTable.open(folder)
-    if world == "chest":
-        return chest(folder, DRAW)
-    if data_root is None:
-        raise SystemExit("amplification.py: the digits need --data-root, the folder that holds morphomnist/")
-    return digits(Path(data_root) / "morphomnist", folder, DRAW)
+    def make(folder: Path) -> None:
+        if world == "chest":
+            worlds.chest(runs, folder / "table", DRAW)
+        elif data_root is None:
+            raise SystemExit("amplification.py: digits need --data-root, the folder that holds morphomnist/")
+        else:
+            worlds.digits(Path(data_root) / "morphomnist", folder / "table", DRAW)
+
+    return ImageTable.open(finished(stage, make).parent)
 
 
 def generator_of(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> HVAEGenerator:

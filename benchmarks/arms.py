@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
+from cfssl.data.datasets import PhantomChestSettings, PhantomTubeSettings, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.files import made_folders, write_text
@@ -22,7 +23,7 @@ from cfssl.generators.hvae import HVAEGenerator, HVAESettings
 from cfssl.generators.targets import TargetRule
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings
 from cfssl.measure.segmentor import Segmentor, SegmentorSettings
-from cfssl.stages import FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, Stage, keyed_stage
+from cfssl.stages import FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, TABLE_CODE, Stage, keyed_stage
 
 HARDWARE = HardwareSettings(accelerator="cpu", threads=1)
 
@@ -39,6 +40,13 @@ def finished(stage: Stage, make: Callable[[Path], None]) -> Path:
 def plain(settings: Any) -> Any:
     """Settings as JSON."""
     return TypeAdapter(type(settings)).dump_python(settings, mode="json")
+
+
+def rendered_table(runs: Path, settings: PhantomChestSettings | PhantomTubeSettings) -> ImageTable:
+    """The table of a phantom, prepared or opened."""
+    stage = keyed_stage(runs, "table", plain(settings), code=TABLE_CODE)
+    finished(stage, lambda folder: prepare_dataset(settings, folder / "table", quiet=True))
+    return open_dataset(settings, stage.folder / "table")
 
 
 def predictor(runs: Path, table: ImageTable, settings: PredictorSettings) -> AttributePredictor:

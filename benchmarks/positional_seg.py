@@ -28,11 +28,12 @@ from arms import (
     load_arrays,
     plain,
     predictor,
+    rendered_table,
     save_arrays,
     segmentor,
 )
 
-from cfssl.data.datasets import PhantomChestSettings, PhantomTubeSettings, open_dataset, prepare_dataset
+from cfssl.data.datasets import PhantomChestSettings, PhantomTruth, PhantomTubeSettings
 from cfssl.data.pixels import to_signed
 from cfssl.data.regions import AreaSpec, Maps, factual_maps, measure_areas, region_index
 from cfssl.data.table import Attributes, ImageTable
@@ -116,10 +117,7 @@ def finetune_settings(world: str, name: str, seed: int) -> FinetuneSettings:
 
 
 def world_table(world: str, runs: Path) -> ImageTable:
-    folder = runs / "worlds" / f"{world}-{DRAW}"
-    if not (folder / "table.json").exists():
-        prepare_dataset(WORLDS[world], folder, quiet=True)
-    return open_dataset(WORLDS[world], folder)
+    return rendered_table(runs, WORLDS[world])
 
 
 def rule_of(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> TargetRule:
@@ -185,9 +183,9 @@ def scored(
     """Per test image (N,): `target`, the error of the area that was set, against the true counterfactual, and
     `others`, the mean over the structure's other regions, as the judge measures both, in percent of the
     image; `moved` and `wanted`, the change of that area; `leaked`, the summed change of the others;
-    `localisation`; `l1` and `l1_unchanged`, distances to the true counterfactual, and `composition` at t_u = 0, in grey
-    levels."""
-    assert table.truth is not None  # worlds are rendered
+    `localisation`; `l1` and `l1_unchanged`, distances to the true counterfactual, and `composition` at
+    t_u = 0, in grey levels."""
+    assert isinstance(table.truth, PhantomTruth)  # worlds are rendered
     assert table.masks is not None
     names, rows = INTERVENED[world], table.rows("test")
     specs: dict[str, AreaSpec] = {name: table.areas[name] for name in names}
@@ -202,7 +200,7 @@ def scored(
         # Not every size is possible in every anatomy: what the world reaches is what is asked for.
         reached = table.truth.attributes(rows[mine], {name: torch.from_numpy(values[mine])})
         do[name][mine] = reached[name]
-        rendered = table.truth.rendered(rows[mine], reached)
+        rendered = table.truth.known.rendered(rows[mine], reached)
         truth[mine] = to_signed(rendered.images)
         channel = table.mask_names.index(spec.structure)
         either = (masks[mine, channel] > 0) | torch.from_numpy(rendered.masks[:, channel] > 0)

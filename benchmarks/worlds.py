@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from arms import rendered_table
 from scipy.stats import norm
 
-from cfssl.data.datasets import PhantomChestSettings, open_dataset, prepare_dataset
+from cfssl.data.datasets import PhantomChestSettings
 from cfssl.data.morphomnist import ATTRIBUTES, read_attributes, read_idx
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import Attribute, ImageTable
@@ -63,13 +64,10 @@ def digits(root: Path | str, folder: Path, draw: int) -> ImageTable:
     return save_prepared(folder, "digits", frame, {**ATTRIBUTES, **binary}, pixels)
 
 
-def chest(folder: Path, draw: int) -> ImageTable:
+def chest(runs: Path, folder: Path, draw: int) -> ImageTable:
     """phantom_chest with two scanners, whose recorded sex, scanner and disease are partly wrong."""
-    settings = PhantomChestSettings(seed=draw, **CHEST)  # type: ignore[arg-type]
-    made = folder.with_name(f"{folder.name}-true")
-    if not (made / "table.json").exists():
-        prepare_dataset(settings, made, quiet=True)
-    table, rng = open_dataset(settings, made), numpy_generator("chest", draw)
+    table = rendered_table(runs, PhantomChestSettings(seed=draw, **CHEST))  # type: ignore[arg-type]
+    rng = numpy_generator("chest", draw)
     frame = table.frame[["sex", "scanner", "disease", "age", "split"]].copy()
     attributes = {"age": table.attributes["age"]}
     for name, rho in FLIPPED_CHEST.items():
@@ -80,6 +78,13 @@ def chest(folder: Path, draw: int) -> ImageTable:
         attributes[name] = Attribute(name, "binary", values, declared=True)
     images = table.images.read(np.arange(len(table)))
     return save_prepared(folder, "chest", frame, attributes, images)
+
+
+def settings(world: str) -> dict[str, Any]:
+    """What a world was made with, JSON-serialisable."""
+    of_chest = {"flipped": FLIPPED_CHEST, **CHEST}
+    of_digits = {"flipped": FLIPPED_DIGITS, "graded": GRADED, "splits": DIGIT_SPLITS}
+    return of_chest if world == "chest" else of_digits
 
 
 def flipped(true: np.ndarray, rho: float, rng: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-import cfssl.pipeline
+import cfssl.production
 import cfssl.stages
 from cfssl import provenance
 from cfssl.engine.run import HardwareSettings, Run
@@ -280,7 +280,7 @@ def test_training_killed_before_its_stage_counts_as_finished_is_not_done_again(
     again = job(tmp_path / "runs")
     shutil.rmtree(again.encoder_stage.folder)
     with monkeypatch.context() as patched:
-        patched.setattr(cfssl.pipeline, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(cfssl.production, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             again.objective  # noqa: B018
     before = (again.encoder_stage.folder / "metrics.jsonl").read_bytes()
