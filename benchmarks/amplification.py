@@ -40,8 +40,8 @@ ADDED = {"digits": ("ramp", "grating", "patch"), "chest": ("sex", "scanner", "di
 OTHERS = {"digits": ("thickness", "intensity", "digit"), "chest": ("age",)}
 GRAPHS: dict[str, dict[str, tuple[str, ...]]] = {"digits": {"intensity": ("thickness",)}, "chest": {}}
 WIDTHS = {"digits": (12, 24, 32, 48), "chest": (16, 24, 32, 48)}
-EPOCHS = {"digits": 8, "chest": 12}
-FINE = {"digits": (5, 64), "chest": (7, 32)}  # epochs, batch
+EPOCHS = {"digits": 6, "chest": 8}
+FINE = {"digits": (4, 64), "chest": (5, 32)}  # epochs, batch
 
 
 class Shuffled(AttributeRule):
