@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cfssl.data.pixels import to_signed
 from cfssl.data.table import ImageTable
-from cfssl.generators.finetune import FinetuneSettings, FinetuneTrainSettings
+from cfssl.generators.finetune import FinetuneSettings, FinetuneTrainSettings, mean_free_energy
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.hvae_settings import HVAESettings, HVAETrainSettings
 from cfssl.generators.hvae_small import SmallNetworkSettings
@@ -103,8 +103,9 @@ def generator_of(world: str, name: str, seed: int, runs: Path, table: ImageTable
 
 
 def scores(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> dict[str, np.ndarray]:
-    """Judge's probabilities of class 1, (N,) each: `real/j`, `do_k/j`; values set, `target/k`; reconstruction
-    error `composition` in grey levels at t_u = 0."""
+    """Judge's probabilities of class 1, (N,) each: `real/j`, `do_k/j`; the guide's, `guide/j`; values set,
+    `target/k`; reconstruction error `composition` in grey levels at t_u = 0; `free_energy` on validation
+    images."""
     judge = predictor(runs, table, predictor_settings(world, "judge", seed))
     guide = predictor(runs, table, predictor_settings(world, "guide", seed))
     assert judge.fingerprint != guide.fingerprint
@@ -115,13 +116,17 @@ def scores(world: str, name: str, seed: int, runs: Path, table: ImageTable) -> d
 
     def make(folder: Path) -> None:
         generator = generator_of(world, name, seed, runs, table)
-        save_arrays(stage.product, scored(world, generator, judge, table))
+        save_arrays(stage.product, scored(world, generator, judge, guide, table))
 
     return load_arrays(finished(stage, make))
 
 
 def scored(
-    world: str, generator: HVAEGenerator, judge: AttributePredictor, table: ImageTable
+    world: str,
+    generator: HVAEGenerator,
+    judge: AttributePredictor,
+    guide: AttributePredictor,
+    table: ImageTable,
 ) -> dict[str, np.ndarray]:
     rows = table.rows("test")
     x, pa = to_signed(table.images.read(rows)), table.encode(generator.graph.variables, rows)
@@ -130,9 +135,9 @@ def scored(
     order = torch.randperm(len(rows), generator=torch_generator("amplification", world))
     do = {name: pa[name][order] for name in ADDED[world]}
 
-    def seen(images: Tensor) -> dict[str, np.ndarray]:
-        outputs = judge(images)
-        return {name: judge.probabilities(outputs, name)[:, 1].numpy() for name in ADDED[world]}
+    def seen(images: Tensor, by: AttributePredictor = judge) -> dict[str, np.ndarray]:
+        outputs = by(images)
+        return {name: by.probabilities(outputs, name)[:, 1].numpy() for name in ADDED[world]}
 
     def batch(part: slice) -> dict[str, np.ndarray]:
         own = {name: value[part] for name, value in pa.items()}
@@ -140,6 +145,7 @@ def scored(
         error = (generator.predict(u, own, residual=0.0) - x[part]).abs().flatten(1).mean(1) * 127.5
         result = {"composition": error.numpy()}
         result |= {f"real/{name}": value for name, value in seen(x[part]).items()}
+        result |= {f"guide/{name}": value for name, value in seen(x[part], guide).items()}
         for name, values in do.items():
             changed = generator.predict(u, own | {name: values[part]})
             result |= {f"do_{name}/{other}": value for other, value in seen(changed).items()}
@@ -147,7 +153,9 @@ def scored(
 
     parts = in_batches(len(rows), batch)
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return found | {f"target/{name}": values.numpy() for name, values in do.items()}
+    energy = mean_free_energy(generator, table, table.rows("val"), generator.settings.train)
+    found |= {f"target/{name}": values.numpy() for name, values in do.items()}
+    return found | {"free_energy": np.array(energy)}
 
 
 def prepare_seed(world: str, seed: int, options: argparse.Namespace) -> None:
