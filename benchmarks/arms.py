@@ -4,6 +4,7 @@ under the key of everything it depends on, so that an interrupted benchmark goes
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter
 from cfssl.data.datasets import PhantomChestSettings, PhantomTubeSettings, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import HardwareSettings, Run
-from cfssl.files import made_folders, write_text
+from cfssl.files import made_folders, read_json, write_json
 from cfssl.generators.finetune import FinetuneSettings, finetune
 from cfssl.generators.hvae import HVAEGenerator, HVAESettings
 from cfssl.generators.targets import TargetRule
@@ -31,10 +32,18 @@ HARDWARE = HardwareSettings(accelerator="cpu", threads=1)
 def finished(stage: Stage, make: Callable[[Path], None]) -> Path:
     """The product of `stage`, made unless it is there."""
     if not stage.done:
+        started = time.monotonic()
         with made_folders(stage.folder):
             make(stage.folder)
-        write_text(stage.folder / "done.json", "{}")
+        write_json(stage.folder / "done.json", {"seconds": time.monotonic() - started})
     return stage.product
+
+
+def seconds_spent(runs: Path) -> float:
+    """Of one core, in all stages under `runs` that hold no other stage's making (the scores do)."""
+    kinds = ("table", "scores")
+    done = [path for kind in kinds for path in (runs / "stages").glob(f"{kind}-*/done.json")]
+    return float(sum(read_json(path)["seconds"] for path in done))
 
 
 def plain(settings: Any) -> Any:

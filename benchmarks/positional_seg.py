@@ -245,7 +245,7 @@ def scored(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/positional_seg"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs=2, metavar=("WORLD", "SEED"), help="prepare one seed of one world")
     options = parser.parse_args()
