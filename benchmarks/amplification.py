@@ -213,8 +213,8 @@ def main() -> None:
         "time": f"sum of the stages over {options.jobs} single-threaded processes side by side",
         "judge": "other seed, width and half of the training images than the guide; test images once",
         "ceiling": "AUC of the true signal against the recorded labels of the test images",
-        "interval": "differences: variance of 2,000 paired resamples of test images and of seeds; single arms: "
-        "95 % t interval over seeds",
+        "interval": "differences: variance of 2,000 paired resamples of test images and of seeds; single "
+        "arms: 95 % t interval over seeds",
     }
     minutes = seconds_spent(options.runs) / 60 / options.jobs
     write_results("amplification", figures, protocol, SEEDS, minutes, "\n".join(sections))
