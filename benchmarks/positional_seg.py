@@ -77,7 +77,7 @@ INTERVENED = {
     "tube": tuple(f"plaque_{r}_area" for r in ("proximal", "middle", "distal")),
 }
 OTHER_PARENTS = {"lungs": ("sex", "scanner", "disease"), "tube": ("kernel",)}
-EPOCHS, FINE_EPOCHS, BATCH = 12, 6, 32
+EPOCHS, FINE_EPOCHS, BATCH = 8, 4, 32
 
 
 class Permuted(AreaRule):
@@ -92,14 +92,14 @@ def generator_settings(world: str, seed: int) -> HVAESettings:
         parents=(*INTERVENED[world], *OTHER_PARENTS[world]),
         network=SmallNetworkSettings(widths=(16, 24, 32, 48)),
         sigma="shared",
-        beta=1.0,
+        beta=5.0,
         train=HVAETrainSettings(epochs=EPOCHS, batch=BATCH, seed=seed),
     )
 
 
 def segmentor_settings(world: str, role: str, seed: int) -> SegmentorSettings:
     """The judge is of another seed and has seen the other half of the training images."""
-    train = SegmentorTrainSettings(seed=seed if role == "guide" else 1000 + seed)
+    train = SegmentorTrainSettings(epochs=8, seed=seed if role == "guide" else 1000 + seed)
     part: Any = "first" if role == "guide" else "second"
     return SegmentorSettings(structures=STRUCTURES[world], part=part, train=train)
 

@@ -8,6 +8,8 @@ from cfssl.errors import UserError, nearest
 from cfssl.evaluate.evaluations import lacking
 from cfssl.generators import create_generator
 from cfssl.generators.hvae import HVAESettings
+from cfssl.generators.targets import AreaRuleSettings, area_specs
+from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, create_backbone
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.recipe import Recipe
@@ -25,6 +27,8 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         elif attribute.kind not in kinds:
             mistakes.append(f"{path} = {name!r}: is {attribute.kind}, expected {' or '.join(kinds)}")
 
+    rules = recipe.finetune.rules if recipe.finetune else ()
+    regressed = {f"finetune.rules[{index}].guide" for index, rule in enumerate(rules) if rule.name == "reg"}
     everything, discrete = ("binary", "categorical", "continuous"), ("binary", "categorical")
     if recipe.generator is not None:
         for name in recipe.generator.parents:
@@ -40,6 +44,16 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
                 f"bank.do.{variable} = {value!r}: not among its values {', '.join(attribute.categories)}"
                 for value in values
                 if str(value) not in attribute.categories
+            ]
+    for path, settings in recipe.measures().items():
+        if isinstance(settings, PredictorSettings):
+            for name in settings.attributes:
+                known(f"{path}.attributes", name, ("continuous",) if path in regressed else everything)
+        else:
+            mistakes += [
+                f"{path}.structures = {name!r}: no such mask{nearest(name, table.mask_names)}"
+                for name in settings.structures
+                if name not in table.mask_names
             ]
     if isinstance(recipe.objective, SupervisedSettings):
         known("objective.target", recipe.objective.target, discrete)
@@ -65,6 +79,7 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         mistakes.append(f"train.batch = {recipe.train.batch}: the training split has only {images}")
     if not mistakes:  # names that exist are needed to build anything
         mistakes += [*generator_mistakes(recipe, table), *view_mistakes(recipe, table)]
+        mistakes += [*measure_mistakes(recipe, table), *area_mistakes(recipe, table)]
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
@@ -84,7 +99,66 @@ def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     batch = settings.train.batch if isinstance(settings, HVAESettings) else 1
     if usable < batch:
         return [f"generator.train.batch = {batch}: only {usable} training images have all its variables"]
+    if recipe.finetune is not None and usable < recipe.finetune.train.batch:
+        return [
+            f"finetune.train.batch = {recipe.finetune.train.batch}: only {usable} training images have all "
+            "variables of the generator"
+        ]
     return []
+
+
+def measure_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What keeps guides and judges from being built, trained or used."""
+    found = []
+    for path, settings in recipe.measures().items():
+        names = settings.attributes if isinstance(settings, PredictorSettings) else ()
+        try:
+            create_measure(settings, table)
+        except UserError as error:
+            found.append(f"{path}: {error}")
+        usable = len(rows_of_part(table, table.rows("train", known=names), settings.part))
+        if usable < settings.train.batch:
+            part = "" if settings.part == "all" else f" of the {settings.part} half"
+            what = f" have all of {', '.join(names)}" if names else " are there"
+            found.append(
+                f"{path}.train.batch = {settings.train.batch}: only {usable} training images{part}{what}"
+            )
+        if names and len(table.rows("val", known=names)) == 0:
+            found.append(f"{path}: no validation image has all of {', '.join(names)}; it is calibrated there")
+    if recipe.audit is not None and recipe.generator is not None:
+        needed = {*recipe.generator.causal_graph(table.attributes).variables, *recipe.audit.judge.attributes}
+        split = recipe.audit.split
+        if len(table.rows(split, known=sorted(needed))) == 0:
+            found.append(
+                f"audit.split = {split!r}: none of its images has all of {', '.join(sorted(needed))}"
+            )
+    return found
+
+
+def area_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """Areas that are intervened on without anything that could measure them."""
+    if recipe.generator is None:
+        return []
+    found = []
+    if recipe.finetune is not None:
+        for index, rule in enumerate(recipe.finetune.rules):
+            try:
+                if isinstance(rule, AreaRuleSettings):
+                    area_specs(rule, table, recipe.finetune.do or recipe.generator.parents)
+            except UserError as error:
+                found.append(f"finetune.rules[{index}]: {error}")
+    audit, areas = recipe.audit, [name for name in recipe.bank.do if name in table.areas]
+    if audit is not None and areas:
+        known = recipe.generator.causal_graph(table.attributes).variables
+        specs = [table.areas[name] for name in known if name in table.areas]
+        needed = {part for spec in specs for part in (spec.structure, spec.map_structure)}
+        segmented = audit.segmentor.structures if audit.segmentor else ()
+        if missing := sorted(needed - set(segmented)):
+            found.append(
+                f"audit.segmentor.structures lacks {', '.join(missing)}, on which areas of the generator are "
+                f"measured; bank.do sets {', '.join(areas)}"
+            )
+    return found
 
 
 def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:

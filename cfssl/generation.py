@@ -6,6 +6,7 @@ Guides and the judge are stages of their own, so that arms that differ in their 
 generator and the guide.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +26,11 @@ from cfssl.generators import FittedGenerator, create_generator
 from cfssl.generators.finetune import finetune
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.targets import TargetRule, create_rule
-from cfssl.measure import AttributePredictor, PredictorSettings, Segmentor, SegmentorSettings
+from cfssl.measure import PredictorSettings, SegmentorSettings, create_measure
+from cfssl.measure.frozen import as_json
 from cfssl.measure.judge import PredictorJudge
 from cfssl.production import Production
 from cfssl.stages import AUDIT_CODE, BANK_CODE, FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, Stage
-
-Measure = AttributePredictor | Segmentor
 
 
 class Generation:
@@ -84,7 +84,7 @@ class Generation:
         if self.recipe.audit is None or self.generator_stage is None:
             return None
         keys = [stage.key for stage in (self.generator_stage, *self.judge_stages)]
-        sections = [self.recipe.section(name) for name in ("audit", "bank")]
+        sections = self.recipe.section("audit"), self.recipe.section("bank")["do"]
         return self.production.stage("audit", sections, keys, self.table_key, code=AUDIT_CODE)
 
     def measure_stage(self, settings: PredictorSettings | SegmentorSettings) -> Stage:
@@ -94,9 +94,9 @@ class Generation:
         return self.production.stage("measure", section, precision, self.table_key, code=MEASURE_CODE)
 
     def stages(self) -> list[Stage]:
-        """All stages on the way to the bank, in order, each once."""
-        judges = self.judge_stages[:1] if self.recipe.bank.gate else []
-        found = [self.base_stage, *self.guide_stages, self.generator_stage, *judges, self.bank_stage]
+        """All stages up to the bank and its audit, in order, each once."""
+        found = [self.base_stage, *self.guide_stages, self.generator_stage, *self.judge_stages]
+        found += [self.bank_stage, self.audit_stage]
         return list(dict.fromkeys(stage for stage in found if stage is not None))
 
     @cached_property
@@ -121,7 +121,7 @@ class Generation:
     @cached_property
     def generator(self) -> FittedGenerator | None:
         """The generator that makes the bank, on the device of the recipe."""
-        stage, settings, generator = self.generator_stage, self.recipe.finetune, self.base
+        stage, settings, generator = self.generator_stage, self.recipe.finetune, copy.deepcopy(self.base)
         if stage is None or generator is None:
             return None
         if settings is not None:
@@ -151,17 +151,13 @@ class Generation:
     def measure(self, settings: PredictorSettings | SegmentorSettings) -> Any:
         """A guide or judge, trained on real images, frozen."""
         stage = self.measure_stage(settings)
-        network: Measure
-        if isinstance(settings, PredictorSettings):
-            network = AttributePredictor(settings, self.table.attributes, self.table.images.shape)
-        else:
-            network = Segmentor(settings, self.table.mask_names, self.table.images.shape)
+        network = create_measure(settings, self.table)
 
         def make(folder: Path) -> None:
             run = self.production.run(folder)
             network.fit(self.table, run)
             network.save(stage.product)
-            write_json(folder / "score.json", network.score(self.table, "val"))
+            write_json(folder / "score.json", as_json(network.score(self.table, "val")))
             run.close()
 
         self.production.finish(stage, make)
@@ -219,19 +215,24 @@ class Generation:
                 )
 
     def audited(self) -> dict[str, Any]:
-        """The audit of the generator, see `cfssl.evaluate.audit`; raises `UserError` without an audit
-        section."""
-        stage, settings, generator = self.audit_stage, self.recipe.audit, self.generator
-        assert stage is not None and settings is not None and generator is not None  # noqa: PT018
-        guides = [rule.fingerprint for rule in self.rules()]
+        """The audit of the generator, see `cfssl.evaluate.audit`; only of a recipe that has one."""
+        stage, settings = self.audit_stage, self.recipe.audit
+        assert stage is not None and settings is not None  # noqa: PT018  the recipe's own check
 
         def make(folder: Path) -> None:
-            judge = self.measure(settings.judge)
-            segmentor = self.measure(settings.segmentor) if settings.segmentor else None
-            write_json(
-                stage.product,
-                audit(generator, self.table, self.recipe.bank.do, judge, segmentor, settings, guides),
+            generator = self.generator
+            assert generator is not None
+            record = audit(
+                generator,
+                self.table,
+                self.recipe.bank.do,
+                self.measure(settings.judge),
+                self.measure(settings.segmentor) if settings.segmentor else None,
+                settings,
+                guides=[rule.fingerprint for rule in self.rules()],
+                device=self.recipe.hardware.device,
             )
+            write_json(stage.product, record)
 
         self.production.finish(stage, make)
         found: dict[str, Any] = read_json(stage.product)

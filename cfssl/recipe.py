@@ -31,6 +31,7 @@ from cfssl.files import write_text
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
+from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
 from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.objectives.supervised import SupervisedSettings
@@ -64,6 +65,21 @@ class Recipe(BaseModel):
         """A section as JSON-serialisable settings, for content keys."""
         return self.model_dump(mode="json")[name]
 
+    def measures(self) -> dict[str, PredictorSettings | SegmentorSettings]:
+        """The networks that guide and judge, by where they stand in the recipe."""
+        rules = self.finetune.rules if self.finetune else ()
+        found = {f"finetune.rules[{index}].guide": rule.guide for index, rule in enumerate(rules)}
+        if self.audit is not None:
+            found |= {"audit.judge": self.audit.judge}
+            found |= {"audit.segmentor": self.audit.segmentor} if self.audit.segmentor else {}
+        return found
+
+    def trainings(self) -> dict[str, TrainSettings]:
+        """How everything is trained, by where it stands in the recipe."""
+        sections = {"": self, "generator": self.generator, "finetune": self.finetune, **self.measures()}
+        found = {f"{path}.train".lstrip("."): getattr(of, "train", None) for path, of in sections.items()}
+        return {path: train for path, train in found.items() if train is not None}
+
     def problems(self) -> list[str]:
         """Combinations that cannot work, one sentence each."""
         found = []
@@ -82,10 +98,24 @@ class Recipe(BaseModel):
                     f"finetune.do intervenes on {strangers}, which is not among the generator's variables "
                     f"{sorted(variables)}"
                 )
+            for index, rule in enumerate(self.finetune.rules):
+                unknown = [name for name in getattr(rule.guide, "attributes", ()) if name not in variables]
+                if unknown:
+                    found.append(
+                        f"finetune.rules[{index}].guide predicts {unknown}, which the generator does not "
+                        f"know and cannot be held to; its variables are {sorted(variables)}"
+                    )
         if self.audit is not None and not self.bank.do:
             found.append("audit looks at the counterfactuals of bank.do, which is empty; name what to do")
         if self.bank.gate is not None and self.audit is None:
             found.append("bank.gate drops views that audit.judge disagrees with; add audit.judge")
+        if self.bank.gate is not None and self.audit is not None:
+            unjudged = sorted(self.bank.variables - set(self.audit.judge.attributes))
+            if unjudged:
+                found.append(
+                    f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge "
+                    "does not predict; add them to audit.judge.attributes"
+                )
         if self.audit is not None and self.finetune is not None:
             guides = [rule.guide for rule in self.finetune.rules]
             for judge, name in ((self.audit.judge, "judge"), (self.audit.segmentor, "segmentor")):
@@ -122,11 +152,8 @@ class Recipe(BaseModel):
                 f"micro-batch with each other, {part} instead of the {self.train.batch} of train.batch; set "
                 "train.accumulate: 1 and choose train.batch to fit the memory"
             )
-        for path, train in (
-            ("train", self.train),
-            ("generator.train", getattr(self.generator, "train", None)),
-        ):
-            if train is not None and train.batch % train.accumulate:
+        for path, train in self.trainings().items():
+            if train.batch % train.accumulate:
                 found.append(
                     f"{path}.batch ({train.batch}) is not a multiple of {path}.accumulate "
                     f"({train.accumulate})"

@@ -49,7 +49,9 @@ def audited_sheet(job: Pipeline, path: Path, items: int) -> None:
     table, generator, settings = job.table, job.generation.generator, job.recipe.audit
     assert generator is not None and settings is not None  # noqa: PT018
     rows = table.rows(settings.split, known=generator.graph.variables)[:items]
-    x, pa = to_signed(table.images.read(rows)), table.encode(generator.graph.variables, rows)
+    device = job.recipe.hardware.device
+    x = to_signed(table.images.read(rows)).to(device)
+    pa = {name: value.to(device) for name, value in table.encode(generator.graph.variables, rows).items()}
     views = plan_views(job.recipe.bank.do, generator.graph, table.attributes)
     made, truths = [], []
     for view in views:

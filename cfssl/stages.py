@@ -58,7 +58,7 @@ ORACLE_CODE = (
     "scm",
 )
 GENERATOR_CODE = (*HVAE_CODE, *ORACLE_CODE, *TRAINING_CODE)
-MEASURE_CODE = ("measure", *TRAINING_CODE)
+MEASURE_CODE = ("measure", "models/seeded.py", *TRAINING_CODE)
 FINETUNE_CODE = ("generators/finetune.py", "generators/targets.py", *MEASURE_CODE)
 BANK_CODE = (
     "seeds.py",
@@ -89,11 +89,11 @@ EVALUATION_CODE = (
     "evaluate/evaluations.py",
     "evaluate/probe.py",
     "evaluate/knn.py",
+    "evaluate/bootstrap.py",
     "evaluate/groups.py",
     "evaluate/metrics.py",
     "evaluate/choice.py",
 )
-
 AUDIT_CODE = (
     "seeds.py",
     "data/pixels.py",

@@ -55,11 +55,38 @@ PUBLISHED = PHANTOM | {
         },
     }
 }
+MEDIATOR = PHANTOM | {
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner", "sex"],
+        "prior": "mediator",
+        "conditioning_dropout": ["scanner"],
+    },
+}
+# Fine-tuned by every kind of rule, gated and audited.
+TUNED = PHANTOM | {
+    "name": "tuned",
+    "generator": {"name": "hvae", "parents": ["scanner", "disease", "age", "left_upper_area"]},
+    "finetune": {
+        "do": ["disease", "age", "left_upper_area"],
+        "rules": [
+            {"name": "soft", "guide": {"attributes": ["disease", "scanner"]}},
+            {"name": "reg", "guide": {"attributes": ["age"]}},
+            {"name": "pos_seg", "guide": {"structures": ["left_lung"]}},
+        ],
+    },
+    "bank": {"do": {"scanner": "all"}, "gate": {}},
+    "audit": {
+        "judge": {"attributes": ["scanner", "sex"], "part": "second"},
+        "segmentor": {"structures": ["left_lung"], "part": "second"},
+    },
+}
 TABLE: dict[str, Any] = {
     "name": "table",
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
     "objective": {"name": "supervised", "target": "dx"},
 }
+TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube"}}
 DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
 
 # Another valid value where it does not follow from the type.
@@ -99,6 +126,22 @@ OTHERS: dict[str, Any] = {
     "generator.conditioning_dropout": ["scanner"],
     "generator.sigma": "shared",
     "generator.balance": None,
+    "finetune.do": ["disease"],
+    "finetune.bound": -1.5,
+    "finetune.trained": "decoder",
+    "finetune.rules.0.name": "hard",
+    "finetune.rules.0.guide.attributes": ["scanner"],
+    "finetune.rules.0.guide.part": "second",
+    "finetune.rules.1.guide.attributes": ["age", "left_upper_area"],
+    "finetune.rules.1.guide.part": "second",
+    "finetune.rules.2.name": "seg",
+    "finetune.rules.2.guide.structures": ["left_lung", "heart"],
+    "finetune.rules.2.guide.part": "first",
+    "audit.judge.attributes": ["scanner"],
+    "audit.judge.part": "first",
+    "audit.segmentor.structures": ["left_lung", "heart"],
+    "audit.segmentor.part": "first",
+    "audit.split": "test",
     "bank.do": {"scanner": ["A", "B"]},
     "views.count": 3,
     "views.size": 32,
@@ -125,7 +168,7 @@ ALONG = {  # what has to change with it
 }
 CHOICES = {
     f"{section}.name" for section in ("data", "generator", "generator.network", "objective")
-}  # of the section's class
+} | {"finetune.rules.1.name"}  # of the section's class
 TOGETHER = {"generator", "bank.do", "views.counterfactual"}  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}
@@ -155,7 +198,7 @@ def another(key: str, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value * 2 if "batch" in key or "accumulate" in key else value + 1
+        return value * 2 if any(word in key for word in ("batch", "accumulate", "width")) else value + 1
     if isinstance(value, float):
         return value / 2 + 0.003
     if isinstance(value, tuple) and value and all(isinstance(entry, float) for entry in value):
@@ -196,7 +239,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, ORACLE, PUBLISHED, TABLE, DIGITS):
+    for content in (PHANTOM, ORACLE, PUBLISHED, MEDIATOR, TUNED, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):

@@ -160,6 +160,7 @@ PASSIVE = {
     "settings.py",
     "stages.py",
     "writers.py",
+    "bank/settings.py",
     "engine/checkpoint.py",
     "engine/meter.py",
     "engine/progress.py",

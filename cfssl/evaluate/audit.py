@@ -9,6 +9,9 @@ Leaves: one JSON-ready record, from which `cfssl.visualise.audit` makes the page
     areas            errors of regional areas, localisation, leakage
     truth            where the world is known: the change along and across the true one, L1 to the truth
 
+Besides the do()s of the bank, every discrete variable they set is also given the values of other audited
+images, as do(scanner): under do(scanner=B) all targets are one class, which has no AUC.
+
 The judge must not have guided the fine-tuning: a generator that is judged by its own guide succeeds by
 patterns that nobody else sees. It is refused by its fingerprint.
 """
@@ -36,7 +39,8 @@ from cfssl.evaluate.counterfactual import (
 )
 from cfssl.evaluate.localisation import area_errors, localisation, localisation_ratio
 from cfssl.evaluate.settings import AuditSettings
-from cfssl.generators.base import Generator, intervention
+from cfssl.generators.base import Generator, counterfactual, intervention
+from cfssl.measure.frozen import as_json
 from cfssl.measure.predictor import AttributePredictor
 from cfssl.measure.segmentor import Segmentor
 from cfssl.seeds import numpy_generator, torch_generator
@@ -46,15 +50,17 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Audited:
-    """What is audited: images (N, C, H, W) in [-1, 1], their attributes, and the views by name."""
+    """What is audited: images (N, C, H, W) in [-1, 1], their attributes (N,) each, and by the name of the
+    do() what every image is set to, (N,) each; on the CPU, the generator on `device`."""
 
     generator: Generator
     table: ImageTable
     rows: np.ndarray
     x: torch.Tensor
     pa: Attributes
-    views: Mapping[str, Mapping[str, str | float]]
+    do: Mapping[str, Attributes]
     settings: AuditSettings
+    device: torch.device
 
     @property
     def patients(self) -> np.ndarray | None:
@@ -62,9 +68,14 @@ class Audited:
         group = self.table.group
         return None if group is None else self.table.frame[group].to_numpy()[self.rows]
 
-    def batches(self) -> Iterator[slice]:
+    def batches(self) -> Iterator[tuple[slice, torch.Tensor, Attributes]]:
+        """Places, images and their own attributes, on the device."""
         for start in range(0, len(self.rows), BATCH):
-            yield slice(start, min(start + BATCH, len(self.rows)))
+            part = slice(start, min(start + BATCH, len(self.rows)))
+            yield part, self.x[part].to(self.device), self.part_of(self.pa, part)
+
+    def part_of(self, values: Attributes, part: slice) -> Attributes:
+        return {name: value[part].to(self.device) for name, value in values.items()}
 
 
 def audit(
@@ -75,9 +86,11 @@ def audit(
     segmentor: Segmentor | None,
     settings: AuditSettings,
     guides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """See the module docstring. `guides`: fingerprints of the fine-tuning's guides. Raises `UserError` when a
-    guide is the judge, or when no image of the split has what the generator needs."""
+    """See the module docstring. `guides`: fingerprints of the fine-tuning's guides. `device`: where the
+    generator is. Raises `UserError` when a guide is the judge, or when no image of the split has what the
+    generator and the judge need."""
     names = {f"guide {number + 1} of the fine-tuning": guide for number, guide in enumerate(guides)}
     assert_independent(judge.fingerprint, names)
     if segmentor is not None:
@@ -91,23 +104,25 @@ def audit(
         )
     chosen = numpy_generator(settings.seed, "audit").permutation(rows)[: settings.rows]
     rows = np.sort(chosen)
-    views = {named(view): view for view in plan_views(do, generator.graph, table.attributes)}
+    views = plan_views(do, generator.graph, table.attributes)
     x, pa = to_signed(table.images.read(rows)), table.encode(needed, rows)
-    audited = Audited(generator, table, rows, x, pa, views, settings)
-    images = {name: counterfactuals(audited, view) for name, view in views.items()}
+    values = {named(view): intervention(view, table.attributes, len(rows)) for view in views}
+    values |= drawn_values(views, pa, settings.seed)
+    audited = Audited(generator, table, rows, x, pa, values, settings, torch.device(device))
+    images = {name: counterfactuals(audited, name) for name in values}
     record: dict[str, Any] = {
         "generator": generator.fingerprint,
-        "judge": {"fingerprint": judge.fingerprint, "real": judge.score(table, settings.split)},
+        "judge": {"fingerprint": judge.fingerprint, "real": as_json(judge.score(table, settings.split))},
         "split": settings.split,
         "n": len(rows),
-        "views": {name: dict(view) for name, view in views.items()},
+        "do": list(values),
         "axioms": axioms(audited),
         "amplification": amplified(audited, images, judge),
     }
     if areas := area_tables(audited, images, segmentor):
         record["areas"] = areas
     if table.truth is not None:
-        record["truth"] = {name: truth_table(audited, view, images[name][0]) for name, view in views.items()}
+        record["truth"] = {name: truth_table(audited, name, made) for name, (made, _) in images.items()}
     return record
 
 
@@ -116,17 +131,31 @@ def named(view: Mapping[str, str | float]) -> str:
     return ", ".join(f"{name}={value}" for name, value in view.items())
 
 
-def counterfactuals(audited: Audited, view: Mapping[str, str | float]) -> tuple[torch.Tensor, Attributes]:
-    """All images and attributes under the do()."""
-    generator, made, attributes = audited.generator, [], []
-    for part in audited.batches():
-        own = {name: value[part] for name, value in audited.pa.items()}
-        u = generator.abduct(audited.x[part], own)
-        do = intervention(view, audited.table.attributes, len(audited.x[part]))
-        pa_cf = generator.act(u, own, do, torch_generator(audited.settings.seed, named(view), part.start))
-        made.append(generator.predict(u, pa_cf))
-        attributes.append(pa_cf)
-    return torch.cat(made), {n: torch.cat([pa[n] for pa in attributes]) for n in attributes[0]}
+def drawn_values(
+    views: Sequence[Mapping[str, str | float]], pa: Attributes, seed: int
+) -> dict[str, Attributes]:
+    """By the name of each discrete variable that the views set, the do() that gives every image the value of
+    another one."""
+    found = {}
+    for name in dict.fromkeys(name for view in views for name in view):
+        if not pa[name].is_floating_point():
+            order = torch.randperm(len(pa[name]), generator=torch_generator(seed, "drawn", name))
+            found[name] = {name: pa[name][order]}
+    return found
+
+
+def counterfactuals(audited: Audited, name: str) -> tuple[torch.Tensor, Attributes]:
+    """All images and attributes under the do() `name`."""
+    generator, images, attributes = audited.generator, [], []
+    for part, x, pa in audited.batches():
+        do, rng = (
+            audited.part_of(audited.do[name], part),
+            torch_generator(audited.settings.seed, name, part.start),
+        )
+        made, pa_cf = counterfactual(generator, x, pa, do, rng)
+        images.append(made.cpu())
+        attributes.append({name: value.cpu() for name, value in pa_cf.items()})
+    return torch.cat(images), {n: torch.cat([pa[n] for pa in attributes]) for n in attributes[0]}
 
 
 def axioms(audited: Audited) -> dict[str, Any]:
@@ -134,15 +163,13 @@ def axioms(audited: Audited) -> dict[str, Any]:
     generator, s = audited.generator, audited.settings
     residuals = (1.0, 0.0) if has_residual(generator) else (1.0,)
     values: dict[str, list[np.ndarray]] = {}
-    for part in audited.batches():
-        x, pa = audited.x[part], {name: value[part] for name, value in audited.pa.items()}
+    for part, x, pa in audited.batches():
         for cycles in s.cycles:
             for residual in residuals:
                 key = f"composition {cycles}" + ("" if residual else ", without the residual")
                 values.setdefault(key, []).append(composition(generator, x, pa, cycles, residual))
-            for name, view in audited.views.items():
-                do = intervention(view, audited.table.attributes, len(x))
-                found = reversibility(generator, x, pa, do, cycles, s.seed)
+            for name, do in audited.do.items():
+                found = reversibility(generator, x, pa, audited.part_of(do, part), cycles, s.seed)
                 values.setdefault(f"reversibility {cycles}, do({name})", []).append(found)
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
     return mean_figures(joined, audited.patients, s.resamples, s.seed)
@@ -158,7 +185,7 @@ def amplified(
         name: Judged(
             seen_by(judge, x),
             {attribute: pa[attribute].numpy() for attribute in names},
-            tuple(audited.views[name]),
+            tuple(audited.do[name]),
         )
         for name, (x, pa) in images.items()
     }
@@ -194,7 +221,7 @@ def area_tables(
     factual image. Raises `UserError` where an area is set and there is no segmentor."""
     table, s = audited.table, audited.settings
     known = {name: table.areas[name] for name in audited.generator.graph.variables if name in table.areas}
-    set_ones = {view: name for view, do in audited.views.items() for name in do if name in known}
+    set_ones = {view: name for view, do in audited.do.items() for name in do if name in known}
     if not set_ones:
         return {}
     if segmentor is None:
@@ -210,7 +237,7 @@ def area_tables(
         found = measure_areas(segmented(segmentor, pictures), segmentor.structures, known, maps)
         return np.stack([found[name].numpy() for name in names], axis=1) / 100
 
-    masks = segmented(segmentor, audited.x)
+    masks, unchanged = segmented(segmentor, audited.x), null_images(audited)
     real = measure(audited.x, masks)
     tables = {}
     for view, name in set_ones.items():
@@ -222,7 +249,7 @@ def area_tables(
         structure = masks[:, segmentor.structures.index(known[name].structure)] >= 0.5
         region = factual_maps(masks, segmentor.structures, {name: known[name]})
         own = next(iter(region.values()))[:, region_index(known[name])] >= 0.5
-        ratio = localisation_ratio(made, null_images(audited), structure & own)
+        ratio = localisation_ratio(made, unchanged, structure & own)
         options: dict[str, Any] = {"patients": audited.patients, "resamples": s.resamples, "seed": s.seed}
         tables[view] = {
             **area_errors(measured, wanted, intervened, names, pixels, **options),
@@ -244,16 +271,15 @@ def segmented(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
 def null_images(audited: Audited) -> torch.Tensor:
     """What the generator makes of every image under its own attributes."""
     made = []
-    for part in audited.batches():
-        own = {name: value[part] for name, value in audited.pa.items()}
-        made.append(audited.generator.predict(audited.generator.abduct(audited.x[part], own), own))
+    for _, x, pa in audited.batches():
+        made.append(audited.generator.predict(audited.generator.abduct(x, pa), pa).cpu())
     return torch.cat(made)
 
 
-def truth_table(audited: Audited, view: Mapping[str, str | float], images: torch.Tensor) -> dict[str, Any]:
+def truth_table(audited: Audited, name: str, images: torch.Tensor) -> dict[str, Any]:
     """See `cfssl.evaluate.counterfactual.against_truth`."""
     truth, s = audited.table.truth, audited.settings
     assert truth is not None
-    do = intervention(view, audited.table.attributes, len(audited.rows))
-    rendered = to_signed(truth.counterfactual(audited.rows, truth.attributes(audited.rows, do)))
+    attributes = truth.attributes(audited.rows, audited.do[name])
+    rendered = to_signed(truth.counterfactual(audited.rows, attributes))
     return against_truth(images, rendered, audited.x, audited.patients, s.resamples, s.seed)

@@ -2,6 +2,7 @@
 judge of an audit, never as both: their fingerprints tell them apart, and `part` trains them on disjoint
 halves of the training rows."""
 
+from cfssl.data.table import ImageTable
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
 from cfssl.measure.sampling import AugmentSettings, rows_of_part
 from cfssl.measure.segmentor import (
@@ -11,14 +12,27 @@ from cfssl.measure.segmentor import (
     SegmentorTrainSettings,
 )
 
+Measure = AttributePredictor | Segmentor
+
+
+def create_measure(settings: PredictorSettings | SegmentorSettings, table: ImageTable) -> Measure:
+    """The network of `settings` for the attributes or masks and the image shape of `table`, not yet
+    fitted."""
+    if isinstance(settings, PredictorSettings):
+        return AttributePredictor(settings, table.attributes, table.images.shape)
+    return Segmentor(settings, table.mask_names, table.images.shape)
+
+
 __all__ = [
     "AttributePredictor",
     "AugmentSettings",
+    "Measure",
     "PredictorSettings",
     "PredictorTrainSettings",
     "Segmentor",
     "SegmentorAugmentSettings",
     "SegmentorSettings",
     "SegmentorTrainSettings",
+    "create_measure",
     "rows_of_part",
 ]

@@ -5,6 +5,7 @@ same identity loads again, and a fingerprint by which an audit can tell the guid
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def measured(
     for start in range(0, len(rows), READ):
         chunk = slice(start, min(start + READ, len(rows)))
         yield chunk, read_batch(table, rows[chunk], {}, channels).to(device)
+
+
+def as_json(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """What a network scores on real images, with null for NaN."""
+    return {
+        name: {what: None if math.isnan(value) else value for what, value in of.items()}
+        for name, of in scores.items()
+    }
 
 
 def stem(shape: tuple[int, ...], kind: str) -> int:
