@@ -1,5 +1,6 @@
 """What a recipe asks of a table is refused in one sentence each before anything is trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from cfssl.agreement import check_against_table
 from cfssl.data.prepare import save_prepared
+from cfssl.data.regions import AreaSpec
 from cfssl.data.table import Attribute, ImageTable
 from cfssl.errors import UserError
 from cfssl.recipe import Recipe, parse_recipe
@@ -104,3 +106,97 @@ def test_a_generator_that_cannot_work_is_refused(
     check_against_table(asked({"train": {"batch": 30}}, {"grade": "all"}), table)
     with pytest.raises(UserError, match=sentence):
         check_against_table(asked(generator, do), table)
+
+
+GUIDED: dict[str, Any] = {
+    "generator": {
+        "name": "hvae",
+        "parents": ["grade", "lung_area"],
+        "network": {"name": "small", "widths": [4, 4, 4, 4], "latents": [1, 1, 1]},
+        "train": {"batch": 30},
+    },
+    "finetune": {
+        "rules": [
+            {"name": "soft", "guide": {"attributes": ["grade"], "train": {"batch": 30}}},
+            {"name": "pos_seg", "guide": {"structures": ["lung"], "train": {"batch": 30}}},
+        ],
+        "train": {"batch": 30},
+    },
+    "bank": {"do": {"lung_area": [20.0]}},
+    "audit": {
+        "judge": {"attributes": ["age"], "train": {"batch": 30}},
+        "segmentor": {"structures": ["lung"], "train": {"batch": 30, "seed": 1}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
+    """With a mask whose area is an attribute."""
+    rng = np.random.default_rng(0)
+    masks = (rng.random((90, 1, 32, 32)) < 0.3).astype(np.uint8)
+    area = 100 * masks.mean((1, 2, 3))
+    ages = np.linspace(20, 80, 90)
+    frame = pd.DataFrame({"grade": grades(), "split": SPLIT, "age": ages, "lung_area": area})
+    attributes = {
+        "grade": Attribute("grade", "categorical", GRADES),
+        "age": Attribute("age", "continuous"),
+        "lung_area": Attribute("lung_area", "continuous"),
+    }
+    images = rng.integers(0, 256, (90, 1, 32, 32), dtype=np.uint8)
+    areas = {"lung_area": AreaSpec("lung", "whole", "whole")}
+    folder = tmp_path_factory.mktemp("measured") / "t"
+    return save_prepared(folder, "toy", frame, attributes, images, masks, ("lung",), areas=areas)
+
+
+def guided(**changes: Any) -> Recipe:
+    """The recipe with values replaced at dotted paths (`__` between keys)."""
+    content = recipe().model_dump(mode="json") | json.loads(json.dumps(GUIDED))
+    for path, value in changes.items():
+        *above, last = [int(part) if part.isdigit() else part for part in path.split("__")]
+        node = content
+        for part in above:
+            node = node[part]
+        node[last] = value
+    return parse_recipe(content, "toy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"audit__judge__attributes": ["agee"]}, "audit.judge.attributes = 'agee': no such attribute"),
+        (
+            {"audit__segmentor__structures": ["lungs"]},
+            "audit.segmentor.structures = 'lungs': no such mask; the nearest is 'lung'",
+        ),
+        (
+            {"finetune__rules__0__name": "reg"},
+            "finetune.rules[0].guide.attributes = 'grade': is categorical, expected continuous",
+        ),
+        (
+            {"finetune__rules__0__guide__train__batch": 31},
+            "finetune.rules[0].guide.train.batch = 31: only 30 training images have all of grade",
+        ),
+        ({"finetune__train__batch": 31}, "finetune.train.batch = 31: only 30 training images"),
+        (
+            {"audit__judge__part": "first"},
+            "training images of the first half have all of age",
+        ),
+        ({"finetune__do": ["grade"]}, "finetune.rules[1]: finetune rule pos_seg measures areas, and none of"),
+        ({"audit__segmentor": None}, "audit.segmentor.structures lacks lung"),
+    ],
+)
+def test_guides_and_judges_that_cannot_work_are_refused(
+    measured: ImageTable, changes: dict[str, Any], sentence: str
+) -> None:
+    check_against_table(guided(), measured)
+    with pytest.raises(UserError) as caught:
+        check_against_table(guided(**changes), measured)
+    assert sentence in str(caught.value)
+    assert str(caught.value).count("\n  - ") == 1
+
+
+def test_mistakes_in_guides_and_judges_are_reported_together(measured: ImageTable) -> None:
+    with pytest.raises(UserError) as caught:
+        check_against_table(guided(finetune__train__batch=31, audit__segmentor=None), measured)
+    assert str(caught.value).count("\n  - ") == 2

@@ -28,7 +28,7 @@ CPU = HardwareSettings(accelerator="cpu")
 # Recipes that between them use every section, with every optional part spelled out.
 PHANTOM: dict[str, Any] = {
     "name": "phantom",
-    "data": {"name": "phantom_chest", "count": 400},
+    "data": {"name": "phantom_chest", "count": 400, "size": 128},
     "generator": {
         "name": "hvae",
         "parents": ["scanner", "disease"],
@@ -45,6 +45,7 @@ PUBLISHED = PHANTOM | {
     "generator": {
         "name": "hvae",
         "parents": ["scanner", "sex"],
+        "balance": "scanner",
         "network": {
             "name": "published",
             "size": "ukbb64",
@@ -55,18 +56,14 @@ PUBLISHED = PHANTOM | {
         },
     }
 }
-MEDIATOR = PHANTOM | {
-    "generator": {
-        "name": "hvae",
-        "parents": ["scanner", "sex"],
-        "prior": "mediator",
-        "conditioning_dropout": ["scanner"],
-    },
-}
 # Fine-tuned by every kind of rule, gated and audited.
 TUNED = PHANTOM | {
     "name": "tuned",
-    "generator": {"name": "hvae", "parents": ["scanner", "disease", "age", "left_upper_area"]},
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner", "disease", "age", "left_upper_area"],
+        "balance": "scanner",
+    },
     "finetune": {
         "do": ["disease", "age", "left_upper_area"],
         "rules": [
@@ -77,7 +74,7 @@ TUNED = PHANTOM | {
     },
     "bank": {"do": {"scanner": "all"}, "gate": {}},
     "audit": {
-        "judge": {"attributes": ["scanner", "sex"], "part": "second"},
+        "judge": {"attributes": ["scanner", "sex", "disease"], "part": "second"},
         "segmentor": {"structures": ["left_lung"], "part": "second"},
     },
 }
@@ -86,12 +83,12 @@ TABLE: dict[str, Any] = {
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
     "objective": {"name": "supervised", "target": "dx"},
 }
-TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube"}}
+TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube", "size": 32}}
 DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
 
 # Another valid value where it does not follow from the type.
 OTHERS: dict[str, Any] = {
-    "data.size": 128,
+    "data.size": 64,
     "data.domains": {"A": 0.5, "B": 0.5},
     "data.splits": {"train": 0.5, "val": 0.25, "test": 0.25},
     "data.path": "u.csv",
@@ -107,6 +104,7 @@ OTHERS: dict[str, Any] = {
     "data.attributes.dx.categories": ["no", "yes"],
     "data.attributes.dx.positive": ["yes"],
     "data.attributes.dx.column": "diagnosis",
+    "data.areas": {"lung": "whole"},
     "data.split.column": "fold",
     "data.split.fractions": [0.5, 0.25, 0.25],
     "data.split.stratify": ["dx"],
@@ -137,7 +135,7 @@ OTHERS: dict[str, Any] = {
     "finetune.rules.2.name": "seg",
     "finetune.rules.2.guide.structures": ["left_lung", "heart"],
     "finetune.rules.2.guide.part": "first",
-    "audit.judge.attributes": ["scanner"],
+    "audit.judge.attributes": ["scanner", "disease"],
     "audit.judge.part": "first",
     "audit.segmentor.structures": ["left_lung", "heart"],
     "audit.segmentor.part": "first",
@@ -160,16 +158,24 @@ OTHERS: dict[str, Any] = {
     "hardware.precision": "bf16-mixed",
 }
 ALONG = {  # what has to change with it
+    "generator.parents": {"finetune": None},
     "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}},
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
     "generator.mediator_weight": {"generator.prior": "mediator"},
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}},
 }
-CHOICES = {
-    f"{section}.name" for section in ("data", "generator", "generator.network", "objective")
-} | {"finetune.rules.1.name"}  # of the section's class
-TOGETHER = {"generator", "bank.do", "views.counterfactual"}  # or none of them
+CHOICES = {f"{section}.name" for section in ("data", "generator", "generator.network", "objective")} | {
+    "finetune.rules.1.name"
+}  # of the section's class
+TOGETHER = {
+    "generator",
+    "finetune",
+    "bank.do",
+    "bank.gate",
+    "audit",
+    "views.counterfactual",
+}  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}
 
@@ -239,7 +245,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, ORACLE, PUBLISHED, MEDIATOR, TUNED, TABLE, TUBE, DIGITS):
+    for content in (PHANTOM, ORACLE, PUBLISHED, TUNED, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):

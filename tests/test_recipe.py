@@ -97,6 +97,54 @@ def test_each_impossible_setting_is_named(tmp_path: Path, override: str, expecte
     assert expected in str(caught.value)
 
 
+TUNED = (
+    SMALL.replace("{name: oracle, parents: [scanner]}", "{name: hvae, parents: [scanner, sex]}")
+    + """
+finetune: {rules: [{name: soft, guide: {attributes: [scanner, sex]}}]}
+audit: {judge: {attributes: [scanner], part: second}}
+"""
+)
+ORACLE = "{name: oracle, parents: [scanner, sex]}"
+BOTH = "{do: {sex: all, scanner: all}, gate: {}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([f"generator={ORACLE}"], "finetune changes an hvae, but generator is not one"),
+        (["finetune.do=[age]"], "finetune.do intervenes on ['age']"),
+        (["finetune.rules=[]"], "finetune.rules = []"),
+        (
+            ["finetune.rules=[{name: sofft, guide: {attributes: [sex]}}]"],
+            "finetune.rules[0].name = 'sofft': unknown name; did you mean 'soft'?",
+        ),
+        (
+            ["finetune.rules=[{name: soft, guide: {attributes: [age, sex]}}]"],
+            "finetune.rules[0].guide predicts ['age'], which the generator does not know",
+        ),
+        (["bank.do={}"], "audit looks at the counterfactuals of bank.do, which is empty"),
+        (["bank.gate={}", "audit=null"], "bank.gate drops views that audit.judge disagrees with"),
+        ([f"bank={BOTH}"], "bank.gate asks audit.judge about ['sex']"),
+        (
+            ["audit.judge.part=all", "audit.judge.attributes=[scanner, sex]"],
+            "audit.judge is the very guide of finetune.rules[0]",
+        ),
+        (
+            ["audit.judge.train.batch=9", "audit.judge.train.accumulate=2"],
+            "audit.judge.train.batch (9) is not a multiple of audit.judge.train.accumulate (2)",
+        ),
+        (["bank.gate.probability=1.5"], "bank.gate.probability = 1.5: input should be less than"),
+    ],
+)
+def test_each_impossible_guide_judge_or_gate_is_named(
+    tmp_path: Path, overrides: list[str], expected: str
+) -> None:
+    assert load_recipe(write(tmp_path, TUNED)).finetune is not None
+    with pytest.raises(UserError, match="mistake") as caught:
+        load_recipe(write(tmp_path, TUNED), overrides)
+    assert expected in str(caught.value)
+
+
 def test_accumulation_is_for_objectives_that_average_over_images(tmp_path: Path) -> None:
     supervised = ["objective={name: supervised, target: disease}", "train.accumulate=4"]
     assert load_recipe(write(tmp_path, SMALL), supervised).train.accumulate == 4

@@ -1,0 +1,193 @@
+"""The generator's side of a recipe: guides, fine-tuning, judge, gate and audit are made once each, and are
+shared by the recipes that agree on them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfssl.cli import main
+from cfssl.pipeline import Pipeline
+from cfssl.recipe import load_recipe, parse_recipe, write_recipe
+
+QUICK = {"epochs": 1, "batch": 16}
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "phantom_chest", "count": 240},
+    "generator": {
+        "name": "hvae",
+        "parents": ["scanner", "disease"],
+        "network": {"name": "small", "widths": [8, 8, 8, 8], "latents": [2, 2, 2], "blocks": 1},
+        "train": {"epochs": 1},
+    },
+    "finetune": {
+        "rules": [
+            {
+                "name": "soft",
+                "guide": {"attributes": ["scanner", "disease"], "width": 4, "part": "first", "train": QUICK},
+            }
+        ],
+        "train": {"epochs": 1},
+    },
+    "bank": {"do": {"scanner": "all"}, "gate": {"probability": 0.3}},
+    "audit": {
+        "judge": {
+            "attributes": ["scanner", "disease", "age"],
+            "width": 4,
+            "part": "second",
+            "train": {**QUICK, "seed": 1},
+        },
+        "rows": 30,
+        "cycles": [1],
+        "resamples": 20,
+    },
+    "objective": {"name": "simclr", "hidden": 16, "output": 8},
+    "backbone": {"name": "test_resnet"},
+    "train": {"epochs": 1, "batch": 48},
+    "hardware": {"accelerator": "cpu"},
+}
+SEGMENTOR = {"structures": ["left_lung"], "widths": [4, 8], "part": "second", "train": {**QUICK, "seed": 1}}
+STAGES = ["table", "generator", "measure", "finetune", "measure", "bank", "audit", "encoder"]
+
+
+def job(runs: Path, **sections: Any) -> Pipeline:
+    """The tiny recipe with whole sections replaced."""
+    return Pipeline(parse_recipe({**TINY, **sections}, "tiny"), runs, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = job(tmp_path_factory.mktemp("runs"))
+    pipeline.run()
+    return pipeline
+
+
+def test_every_stage_is_made_once_and_then_reused(done: Pipeline) -> None:
+    assert [stage.name for stage in done.stages()] == STAGES
+    assert len(done.production.used) == len(STAGES)
+    assert not any(record["reused"] for record in done.production.used.values())
+    again = job(done.runs)
+    again.run()
+    assert set(again.production.used) == set(done.production.used)
+    assert all(record["reused"] for record in again.production.used.values())
+
+
+def test_another_target_rule_shares_table_generator_guide_and_judge(done: Pipeline) -> None:
+    (rule,) = TINY["finetune"]["rules"]
+    hard = job(done.runs, finetune={**TINY["finetune"], "rules": [{**rule, "name": "hard"}]})
+    remade = [stage.name for stage in hard.stages() if not stage.done]
+    assert remade == ["finetune", "bank", "audit", "encoder"]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "remade"),
+    [
+        ("finetune", None, ["bank", "audit", "encoder"]),
+        ("bank", {"do": {"scanner": "all"}}, ["bank", "encoder"]),
+        ("bank", {"do": {"scanner": "all"}, "gate": {"probability": 0.4}}, ["bank", "encoder"]),
+        ("audit", {**TINY["audit"], "rows": 20}, ["audit"]),
+        ("hardware", {"accelerator": "cpu", "workers": 1}, []),
+    ],
+)
+def test_a_change_remakes_what_follows_from_it(
+    done: Pipeline, section: str, value: Any, remade: list[str]
+) -> None:
+    changed = job(done.runs, **{section: value})
+    assert [stage.name for stage in changed.stages() if not stage.done] == remade
+
+
+def test_fine_tuning_leaves_the_base_generator_as_it_was(done: Pipeline) -> None:
+    base, tuned = done.generation.base, done.generation.generator
+    plain = job(done.runs, finetune=None).generation.generator
+    assert base is not None
+    assert tuned is not None
+    assert plain is not None
+    assert base.fingerprint == plain.fingerprint != tuned.fingerprint
+
+
+def test_the_share_that_the_gate_rejects_is_in_the_bank(done: Pipeline) -> None:
+    bank = done.generation.bank
+    gate = json.loads((bank.path / "bank.json").read_text())["gate"]
+    judge = done.generation.measure(done.recipe.audit.judge)  # type: ignore[union-attr]
+    assert gate["judge"] == judge.fingerprint
+    assert gate["probability"] == 0.3
+    made, shown = bank.made[:, 1:].sum(), bank.available[:, 1:].sum()
+    assert gate["judged"] == made
+    assert gate["rejected"] == made - shown
+    assert gate["rejected_share"] == gate["rejected"] / made
+
+
+def test_the_audit_measures_every_do_and_one_that_draws_its_values(done: Pipeline) -> None:
+    record = done.generation.audited()
+    names = ["scanner=A", "scanner=B", "scanner=C", "scanner=D", "scanner"]
+    assert list(record["amplification"]["matrix"]) == list(record["truth"]) == names
+    assert record["n"] == 30
+    assert record["generator"] == done.generation.generator.fingerprint  # type: ignore[union-attr]
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
+) -> tuple[int, str]:
+    """The entry point in this process: exit code and what it printed, standard error last."""
+    monkeypatch.setattr(sys, "argv", ["cfssl", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    printed = capsys.readouterr()
+    return int(caught.value.code or 0), printed.out + printed.err
+
+
+def test_bank_audit_writes_a_page(
+    done: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = done.folder / "recipe.yaml"
+    code, printed = call(monkeypatch, capsys, "bank", "audit", recipe, "--runs", done.runs, "--quiet")
+    assert code == 0
+    folder = done.folder / "audit"
+    assert printed.strip().endswith(str(folder / "audit.html"))
+    files = {file.name for file in folder.iterdir()}
+    assert {"audit.html", "audit.md", "amplification.png", "axioms.png", "counterfactuals.png"} <= files
+    assert "do(scanner=B)" in (folder / "audit.md").read_text()
+
+
+def test_a_judge_that_is_the_guide_is_refused_with_a_sentence(
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = load_recipe(done.folder / "recipe.yaml").model_dump(mode="json")
+    content["audit"]["judge"] = content["finetune"]["rules"][0]["guide"]
+    (tmp_path / "same.yaml").write_text(json.dumps(content))
+    code, printed = call(monkeypatch, capsys, "bank", "audit", tmp_path / "same.yaml", "--runs", tmp_path)
+    assert code == 2
+    assert "audit.judge is the very guide of finetune.rules[0]" in printed
+
+
+def test_an_audit_of_a_recipe_without_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = job(tmp_path, audit=None, finetune=None, bank={"do": {"scanner": "all"}})
+    write_recipe(plain.recipe, tmp_path / "plain.yaml")
+    code, printed = call(monkeypatch, capsys, "bank", "audit", tmp_path / "plain.yaml", "--runs", tmp_path)
+    assert code == 2
+    assert "The recipe tiny has no audit" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pos_seg", "seg"])
+def test_an_area_is_set_by_an_area_rule_and_measured_by_an_independent_segmentor(
+    tmp_path: Path, name: str
+) -> None:
+    areas = ["left_upper_area", "left_middle_area", "left_lower_area"]
+    guide = {**SEGMENTOR, "part": "first", "train": QUICK}
+    made = job(
+        tmp_path,
+        generator={**TINY["generator"], "parents": areas},
+        finetune={"rules": [{"name": name, "guide": guide}], "train": {"epochs": 1}},
+        bank={"do": {"left_upper_area": [3.2]}},
+        audit={**TINY["audit"], "segmentor": SEGMENTOR},
+    )
+    (view, found), *others = made.generation.audited()["areas"].items()
+    assert (view, others) == ("left_upper_area=3.2", [])
+    assert set(found["names"]) == set(areas)
+    assert found["target"]["percent"]["value"] >= 0
+    assert found["names"]["left_middle_area"]["target"]["percent"]["value"] is None  # it is never set
