@@ -44,7 +44,7 @@ ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "dise
 PUBLISHED = PHANTOM | {
     "generator": {
         "name": "hvae",
-        "parents": ["scanner", "sex"],
+        "parents": ["scanner", "disease"],
         "balance": "scanner",
         "network": {
             "name": "published",
