@@ -26,7 +26,7 @@ from cfssl.generators import FittedGenerator, create_generator
 from cfssl.generators.finetune import finetune
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.targets import TargetRule, create_rule
-from cfssl.measure import PredictorSettings, SegmentorSettings, create_measure
+from cfssl.measure import MeasureSettings, create_measure
 from cfssl.measure.frozen import as_json
 from cfssl.measure.judge import PredictorJudge
 from cfssl.production import Production
@@ -69,7 +69,7 @@ class Generation:
 
     @cached_property
     def judge_stages(self) -> list[Stage]:
-        """The independent predictor, and the segmentor where areas are audited."""
+        """The independent predictor, and the segmentor and the embedding where the audit has them."""
         return [self.measure_stage(settings) for settings in self._judges()]
 
     @cached_property
@@ -87,7 +87,7 @@ class Generation:
         sections = self.recipe.section("audit"), self.recipe.section("bank")["do"]
         return self.production.stage("audit", sections, keys, self.table_key, code=AUDIT_CODE)
 
-    def measure_stage(self, settings: PredictorSettings | SegmentorSettings) -> Stage:
+    def measure_stage(self, settings: MeasureSettings) -> Stage:
         """Of a guide or judge."""
         section = TypeAdapter(type(settings)).dump_python(settings, mode="json")
         precision = self.recipe.hardware.precision
@@ -148,7 +148,7 @@ class Generation:
         variables = settings.do or self.recipe.generator.parents  # type: ignore[union-attr]
         return [create_rule(rule, self.measure(rule.guide), self.table, variables) for rule in settings.rules]
 
-    def measure(self, settings: PredictorSettings | SegmentorSettings) -> Any:
+    def measure(self, settings: MeasureSettings) -> Any:
         """A guide or judge, trained on real images, frozen."""
         stage = self.measure_stage(settings)
         network = create_measure(settings, self.table)
@@ -228,6 +228,7 @@ class Generation:
                 self.recipe.bank.do,
                 self.measure(settings.judge),
                 self.measure(settings.segmentor) if settings.segmentor else None,
+                self.measure(settings.embedding) if settings.embedding else None,
                 settings,
                 guides=[rule.fingerprint for rule in self.rules()],
                 device=self.recipe.hardware.device,
@@ -238,8 +239,9 @@ class Generation:
         found: dict[str, Any] = read_json(stage.product)
         return found
 
-    def _judges(self) -> list[PredictorSettings | SegmentorSettings]:
+    def _judges(self) -> list[MeasureSettings]:
         if self.recipe.audit is None:
             return []
-        judges = [self.recipe.audit.judge, self.recipe.audit.segmentor]
+        audit_ = self.recipe.audit
+        judges = [audit_.judge, audit_.segmentor, audit_.embedding]
         return [settings for settings in judges if settings is not None]

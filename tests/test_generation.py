@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
             "part": "second",
             "train": {**QUICK, "seed": 1},
         },
+        "embedding": {"latents": 2, "width": 4, "train": QUICK},
         "rows": 30,
         "cycles": [1],
         "resamples": 20,
@@ -49,7 +50,7 @@ TINY: dict[str, Any] = {
     "hardware": {"accelerator": "cpu"},
 }
 SEGMENTOR = {"structures": ["left_lung"], "widths": [4, 8], "part": "second", "train": {**QUICK, "seed": 1}}
-STAGES = ["table", "generator", "measure", "finetune", "measure", "bank", "audit", "encoder"]
+STAGES = ["table", "generator", "measure", "finetune", "measure", "measure", "bank", "audit", "encoder"]
 
 
 def job(runs: Path, **sections: Any) -> Pipeline:

@@ -6,6 +6,7 @@ Leaves: one JSON-ready record, from which `cfssl.visualise.audit` makes the page
     composition      distance to the image after m null interventions, with and without the pixel residual
     reversibility    distance after m times do() and back
     effectiveness    what the judge sees of the attribute that was set, and amplification: of all others
+    minimality       shares of real images that are nearer, or farther, than the counterfactual
     areas            errors of regional areas, localisation, leakage
     truth            where the world is known: the change along and across the true one, L1 to the truth
 
@@ -16,8 +17,7 @@ The judge must not have guided the fine-tuning: a generator that is judged by it
 patterns that nobody else sees. It is refused by its fingerprint.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from cfssl.data.regions import factual_maps, measure_areas, region_index
 from cfssl.data.table import Attributes, ImageTable
 from cfssl.errors import UserError
 from cfssl.evaluate.amplification import Judged, Verdicts, amplification
+from cfssl.evaluate.audited import Audited, counterfactuals, embedded, null_images, seen_by, segmented
 from cfssl.evaluate.bootstrap import mean_figures
 from cfssl.evaluate.counterfactual import (
     against_truth,
@@ -38,44 +39,16 @@ from cfssl.evaluate.counterfactual import (
     reversibility,
 )
 from cfssl.evaluate.localisation import area_errors, localisation, localisation_ratio
+from cfssl.evaluate.minimality import bin_edges, latent_divergence, value_bins
 from cfssl.evaluate.settings import AuditSettings
-from cfssl.generators.base import Generator, counterfactual, intervention
+from cfssl.generators.base import Generator, intervention
+from cfssl.measure.embedding import Embedding
 from cfssl.measure.frozen import as_json
 from cfssl.measure.predictor import AttributePredictor
 from cfssl.measure.segmentor import Segmentor
 from cfssl.seeds import numpy_generator, torch_generator
 
-BATCH = 100
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What is audited: images (N, C, H, W) in [-1, 1], their attributes (N,) each, and by the name of the
-    do() what every image is set to, (N,) each; on the CPU, the generator on `device`."""
-
-    generator: Generator
-    table: ImageTable
-    rows: np.ndarray
-    x: torch.Tensor
-    pa: Attributes
-    do: Mapping[str, Attributes]
-    settings: AuditSettings
-    device: torch.device
-
-    @property
-    def patients(self) -> np.ndarray | None:
-        """Groups that are resampled together."""
-        group = self.table.group
-        return None if group is None else self.table.frame[group].to_numpy()[self.rows]
-
-    def batches(self) -> Iterator[tuple[slice, torch.Tensor, Attributes]]:
-        """Places, images and their own attributes, on the device."""
-        for start in range(0, len(self.rows), BATCH):
-            part = slice(start, min(start + BATCH, len(self.rows)))
-            yield part, self.x[part].to(self.device), self.part_of(self.pa, part)
-
-    def part_of(self, values: Attributes, part: slice) -> Attributes:
-        return {name: value[part].to(self.device) for name, value in values.items()}
+REFERENCES = 2000  # training images that minimality compares with
 
 
 def audit(
@@ -84,6 +57,7 @@ def audit(
     do: Mapping[str, Values],
     judge: AttributePredictor,
     segmentor: Segmentor | None,
+    embedding: Embedding | None,
     settings: AuditSettings,
     guides: Sequence[str] = (),
     device: torch.device | str = "cpu",
@@ -119,6 +93,8 @@ def audit(
         "axioms": axioms(audited),
         "amplification": amplified(audited, images, judge),
     }
+    if embedding is not None:
+        record["minimality"] = minimality_tables(audited, images, embedding)
     if areas := area_tables(audited, images, segmentor):
         record["areas"] = areas
     if table.truth is not None:
@@ -142,20 +118,6 @@ def drawn_values(
             order = torch.randperm(len(pa[name]), generator=torch_generator(seed, "drawn", name))
             found[name] = {name: pa[name][order]}
     return found
-
-
-def counterfactuals(audited: Audited, name: str) -> tuple[torch.Tensor, Attributes]:
-    """All images and attributes under the do() `name`."""
-    generator, images, attributes = audited.generator, [], []
-    for part, x, pa in audited.batches():
-        do, rng = (
-            audited.part_of(audited.do[name], part),
-            torch_generator(audited.settings.seed, name, part.start),
-        )
-        made, pa_cf = counterfactual(generator, x, pa, do, rng)
-        images.append(made.cpu())
-        attributes.append({name: value.cpu() for name, value in pa_cf.items()})
-    return torch.cat(images), {n: torch.cat([pa[n] for pa in attributes]) for n in attributes[0]}
 
 
 def axioms(audited: Audited) -> dict[str, Any]:
@@ -199,17 +161,33 @@ def amplified(
 
 
 @torch.no_grad()
-def seen_by(judge: AttributePredictor, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Probabilities (N, classes) or values (N,) of every attribute."""
-    found: dict[str, list[np.ndarray]] = {}
-    device = next(judge.parameters()).device
-    for start in range(0, len(images), BATCH):
-        outputs = judge(images[start : start + BATCH].to(device))
-        for name in judge.settings.attributes:
-            is_continuous = judge.attributes[name].kind == "continuous"
-            read = judge.value if is_continuous else judge.probabilities
-            found.setdefault(name, []).append(read(outputs, name).cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+def minimality_tables(
+    audited: Audited, images: Mapping[str, tuple[torch.Tensor, Attributes]], embedding: Embedding
+) -> dict[str, dict[str, Any]]:
+    """Per do() on one variable: figures "cld", "p1" and "p2" of `cfssl.evaluate.minimality` against training
+    images, over the images that the do() moves to another bin (codes, or nine bins of a continuous
+    variable)."""
+    table, s = audited.table, audited.settings
+    single = {name: next(iter(do)) for name, do in audited.do.items() if len(do) == 1}
+    known = table.rows("train", known=set(single.values()))
+    rows = np.sort(numpy_generator(s.seed, "minimality").permutation(known)[:REFERENCES])
+    real = embedded(embedding, to_signed(table.images.read(rows)))
+    factual, found = embedded(embedding, audited.x), {}
+    for name, variable in single.items():
+        values = table.encode([variable], rows)[variable].numpy()
+        edges = None
+        if table.attributes[variable].kind == "continuous":
+            edges = bin_edges(values, float(values.min()), float(values.max()))
+
+        def bins(of: np.ndarray, edges: np.ndarray | None = edges) -> np.ndarray:
+            return of if edges is None else value_bins(of, edges)
+
+        own, set_to = (bins(pa[variable].numpy()) for pa in (audited.pa, images[name][1]))
+        made = embedded(embedding, images[name][0])
+        divergence = latent_divergence(factual, made, own, set_to, real, bins(values))
+        moved = {kind: np.where(own != set_to, value, np.nan) for kind, value in divergence._asdict().items()}
+        found[name] = mean_figures(moved, audited.patients, s.resamples, s.seed, "no image changes its bin")
+    return found
 
 
 @torch.no_grad()
@@ -256,24 +234,6 @@ def area_tables(
             **localisation(ratio, measured - real, intervened, **options),
         }
     return tables
-
-
-def segmented(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
-    """Hard masks (N, S, H, W) float32 of 0 and 1."""
-    device = next(segmentor.parameters()).device
-    parts = [
-        segmentor(images[start : start + BATCH].to(device)).cpu() >= 0.5
-        for start in range(0, len(images), BATCH)
-    ]
-    return torch.cat(parts).float()
-
-
-def null_images(audited: Audited) -> torch.Tensor:
-    """What the generator makes of every image under its own attributes."""
-    made = []
-    for _, x, pa in audited.batches():
-        made.append(audited.generator.predict(audited.generator.abduct(x, pa), pa).cpu())
-    return torch.cat(made)
 
 
 def truth_table(audited: Audited, name: str, images: torch.Tensor) -> dict[str, Any]:

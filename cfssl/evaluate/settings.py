@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cfssl.measure.embedding import EmbeddingSettings
 from cfssl.measure.predictor import PredictorSettings
 from cfssl.measure.segmentor import SegmentorSettings
 from cfssl.settings import STRICT, Count
@@ -33,11 +34,13 @@ class EvaluationSettings:
 class AuditSettings:
     """`judge`: the predictor that says what counterfactuals show; it is trained on real images alone and must
     be no guide of the fine-tuning, so give it another seed, and best the other half of the training images
-    (`part: second`). `segmentor`: measures areas, needed where bank.do intervenes on one. `rows`: how many
-    images of `split` are audited. `cycles`: null interventions and there-and-backs in a row."""
+    (`part: second`). `segmentor`: measures areas, needed where bank.do intervenes on one. `embedding`: the
+    space in which minimality is measured, null to leave it out. `rows`: how many images of `split` are
+    audited. `cycles`: null interventions and there-and-backs in a row."""
 
     judge: PredictorSettings
     segmentor: SegmentorSettings | None = None
+    embedding: EmbeddingSettings | None = Field(default_factory=EmbeddingSettings)
     split: Literal["val", "test"] = "val"
     rows: Count = 500
     cycles: tuple[Count, ...] = (1, 10)

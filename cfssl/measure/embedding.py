@@ -144,14 +144,15 @@ class Embedding(nn.Module):
         self.record.load(path, self.network)
 
     @torch.no_grad()
-    def score(self, table: ImageTable, split: str) -> dict[str, float]:
-        """Mean absolute error of reconstructions of `split`, in grey levels, and the KL in nats."""
+    def score(self, table: ImageTable, split: str) -> dict[str, dict[str, float]]:
+        """Of the images of `split`: mean absolute `error` of reconstructions in grey levels, `kl` in nats."""
         errors, divergences = [], []
         for _, batch in measured(table, table.rows(split), self.network):
             mean, log_sigma = self.network.posterior(batch.x)
             errors.append((self.network.image(mean) - batch.x).abs().flatten(1).mean(1) * 127.5)
             divergences.append((mean.square() + (2 * log_sigma).exp() - 1).div(2).sub(log_sigma).sum(1))
-        return {"error": float(torch.cat(errors).mean()), "kl": float(torch.cat(divergences).mean())}
+        found = {"error": float(torch.cat(errors).mean()), "kl": float(torch.cat(divergences).mean())}
+        return {"images": found}
 
     def _network(self) -> VAE:
         s, fold = self.settings, stem(self.shape, "embedding")

@@ -60,6 +60,12 @@ def write_audit(
             truth_panels(record),
         ),
         (
+            "minimality",
+            "Minimality",
+            "Distances are KL divergences between posteriors of a VAE that knows no attributes.",
+            minimality_panels(record),
+        ),
+        (
             "areas",
             "Areas",
             "As an independent segmentor measures them.",
@@ -145,6 +151,23 @@ def truth_panels(record: Mapping[str, Any]) -> list[Panel]:
     ]
 
 
+def minimality_panels(record: Mapping[str, Any]) -> list[Panel]:
+    """What `cfssl.evaluate.minimality` says, per do()."""
+    found = record.get("minimality") or {}
+    kinds = {
+        "p1": ("Real images of the new value that are nearer", "share (an edit that is minimal has few)"),
+        "p2": (
+            "Real images of the old value that are farther",
+            "share (an edit that leaves has few)",
+        ),
+        "cld": ("Counterfactual latent divergence", "log of both shares"),
+    }
+    return [
+        Panel(title, unit, [Bar(f"do({do})", row[kind]) for do, row in found.items()])
+        for kind, (title, unit) in (kinds.items() if found else ())
+    ]
+
+
 def area_panels(record: Mapping[str, Any]) -> list[Panel]:
     """What `cfssl.evaluate.localisation` says, per do()."""
     areas = record.get("areas") or {}
@@ -227,6 +250,7 @@ def audit_tables(record: Mapping[str, Any]) -> list[Table]:
     for title, panels in (
         ("Axioms", axiom_panels(record)),
         ("Against the truth", truth_panels(record)),
+        ("Minimality", minimality_panels(record)),
         ("Areas", area_panels(record)),
     ):
         rows = [

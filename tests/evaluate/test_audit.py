@@ -5,10 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from cfssl.data.phantoms import chest
+from cfssl.data.pixels import to_signed
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import HardwareSettings, Run
@@ -16,8 +19,10 @@ from cfssl.errors import UserError
 from cfssl.evaluate.audit import audit, drawn_values
 from cfssl.evaluate.settings import AuditSettings
 from cfssl.generators.oracle import OracleGenerator, OracleSettings
+from cfssl.measure.embedding import Embedding, EmbeddingSettings, EmbeddingTrainSettings
 from cfssl.measure.frozen import as_json
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
+from cfssl.seeds import numpy_generator
 
 JUDGE = PredictorSettings(
     attributes=("scanner", "disease", "age"), width=4, train=PredictorTrainSettings(epochs=3, batch=16)
@@ -61,8 +66,44 @@ def oracle(table: ImageTable, *parents: str) -> OracleGenerator:
 
 
 @pytest.fixture(scope="module")
-def record(table: ImageTable, judge: AttributePredictor) -> dict[str, Any]:
-    return audit(oracle(table, "scanner", "disease"), table, DO, judge, None, SETTINGS)
+def embedding(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> Embedding:
+    found = Embedding(
+        EmbeddingSettings(latents=4, width=4, train=EmbeddingTrainSettings(epochs=3, batch=16)),
+        table.images.shape,
+    )
+    found.fit(table, Run(tmp_path_factory.mktemp("embedding"), CPU, quiet=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def record(table: ImageTable, judge: AttributePredictor, embedding: Embedding) -> dict[str, Any]:
+    return audit(oracle(table, "scanner", "disease"), table, DO, judge, None, embedding, SETTINGS)
+
+
+@torch.no_grad()
+def test_minimality_is_that_of_the_images_whose_value_changes(
+    table: ImageTable, record: dict[str, Any], embedding: Embedding
+) -> None:
+    """Brute force over all pairs, for do(scanner=D)."""
+    assert tuple(record["minimality"]) == NAMES
+    audited = np.sort(numpy_generator(0, "audit").permutation(table.rows("val"))[:24])
+    train, scanner = table.rows("train"), table.encode(["scanner"], np.arange(len(table)))["scanner"]
+
+    def posterior(x: torch.Tensor) -> Normal:
+        mean, log_sigma = embedding(x)
+        return Normal(mean.double(), log_sigma.double().exp())
+
+    shares = []
+    for row in audited[scanner[audited] != 3]:
+        assert table.truth is not None
+        rendered = table.truth.counterfactual(np.array([row]), {"scanner": torch.tensor([3])})
+        own = posterior(to_signed(table.images.read(np.array([row]))))
+        limit = kl_divergence(posterior(to_signed(rendered)), own).sum()
+        to_real = kl_divergence(posterior(to_signed(table.images.read(train))), own).sum(1)
+        shares.append(float((to_real[scanner[train] == 3] <= limit).double().mean()))
+    found = record["minimality"]["scanner=D"]["p1"]
+    assert found["n"] == len(shares)
+    assert found["value"] == pytest.approx(np.mean(shares), abs=0.02)  # ties at rounding
 
 
 def test_the_oracle_meets_every_axiom(record: dict[str, Any]) -> None:
@@ -120,9 +161,11 @@ def test_the_record_is_json_and_says_who_judged_what(
 def test_a_guide_is_refused_as_judge(table: ImageTable, judge: AttributePredictor) -> None:
     guides = ["another", judge.fingerprint]
     with pytest.raises(UserError, match="guide 2 of the fine-tuning"):
-        audit(oracle(table, "scanner"), table, {"scanner": "all"}, judge, None, SETTINGS, guides)
+        audit(oracle(table, "scanner"), table, {"scanner": "all"}, judge, None, None, SETTINGS, guides)
 
 
 def test_areas_need_a_segmentor(table: ImageTable, judge: AttributePredictor) -> None:
     with pytest.raises(UserError, match=r"sets left_upper_area, which are areas.*add audit\.segmentor"):
-        audit(oracle(table, "left_upper_area"), table, {"left_upper_area": [3.2]}, judge, None, SETTINGS)
+        audit(
+            oracle(table, "left_upper_area"), table, {"left_upper_area": [3.2]}, judge, None, None, SETTINGS
+        )

@@ -66,7 +66,8 @@ def test_an_image_is_nearer_to_itself_slightly_changed_than_to_others(
     distance = kl_divergence(changed, q).sum(2)  # (images, changed images)
     assert (distance.argmin(1) == torch.arange(32)).float().mean() > 0.9
     untrained = Embedding(SETTINGS, table.images.shape)
-    assert fitted.score(table, "test")["error"] < untrained.score(table, "test")["error"]
+    errors = [network.score(table, "test")["images"]["error"] for network in (fitted, untrained)]
+    assert errors[0] < errors[1]
 
 
 def test_it_is_frozen_and_known_by_its_weights(table: ImageTable, fitted: Embedding, tmp_path: Path) -> None:
