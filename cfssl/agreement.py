@@ -6,13 +6,13 @@ from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest
 from cfssl.evaluate.evaluations import lacking
+from cfssl.experiment import Recipe
 from cfssl.generators import create_generator
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, create_backbone
 from cfssl.objectives.supervised import SupervisedSettings
-from cfssl.recipe import Recipe
 
 
 def check_against_table(recipe: Recipe, table: ImageTable) -> None:

@@ -26,6 +26,7 @@ from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
 from cfssl.evaluate.evaluations import evaluate, load_scores, save_scores
 from cfssl.evaluate.features import extract, load_features, save_features
+from cfssl.experiment import Recipe
 from cfssl.files import read_json, write_json
 from cfssl.generation import Generation
 from cfssl.models.backbone import create_backbone
@@ -34,7 +35,7 @@ from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
 from cfssl.provenance import environment, git_state
-from cfssl.recipe import Recipe, write_recipe
+from cfssl.recipe import write_recipe
 from cfssl.stages import (
     ENCODER_CODE,
     EVALUATION_CODE,

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cfssl.engine.run import Run, Tracker, torch_threads
+from cfssl.experiment import Recipe
 from cfssl.files import made_folders, write_json
 from cfssl.provenance import environment
-from cfssl.recipe import Recipe
 from cfssl.stages import Stage, keyed_stage
 
 

@@ -8,163 +8,16 @@ valid name.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from yaml import YAMLError
 
-from cfssl.bank.settings import BankSettings
-from cfssl.data.datasets import (
-    MorphoMNISTSettings,
-    PhantomChestSettings,
-    PhantomTubeSettings,
-    TableSettings,
-)
-from cfssl.data.views import ViewSettings
-from cfssl.engine.loop import TrainSettings
-from cfssl.engine.run import HardwareSettings
 from cfssl.errors import UserError
-from cfssl.evaluate.settings import AuditSettings, EvaluationSettings
+from cfssl.experiment import Recipe
 from cfssl.files import write_text
-from cfssl.generators.finetune import FinetuneSettings
-from cfssl.generators.hvae import HVAESettings
-from cfssl.generators.oracle import OracleSettings
-from cfssl.measure import PredictorSettings, SegmentorSettings
-from cfssl.models.backbone import BackboneSettings
-from cfssl.objectives.simclr import SimCLRSettings
-from cfssl.objectives.supervised import SupervisedSettings
-
-DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
-GeneratorSettings = HVAESettings | OracleSettings
-
-
-class Recipe(BaseModel):
-    """One experiment: table, generator, bank, views, objective, encoder, evaluations."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    data: Annotated[DataSettings, Field(discriminator="name")]
-    generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
-    finetune: FinetuneSettings | None = None
-    bank: BankSettings = Field(default_factory=BankSettings)
-    audit: AuditSettings | None = None
-    views: ViewSettings = Field(default_factory=ViewSettings)
-    objective: Annotated[SimCLRSettings | SupervisedSettings, Field(discriminator="name")] = Field(
-        default_factory=SimCLRSettings
-    )
-    backbone: BackboneSettings = Field(default_factory=BackboneSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    evaluate: tuple[EvaluationSettings, ...] = ()
-    hardware: HardwareSettings = Field(default_factory=HardwareSettings)
-    track: Literal["none", "wandb"] = "none"
-
-    def section(self, name: str) -> Any:
-        """A section as JSON-serialisable settings, for content keys."""
-        return self.model_dump(mode="json")[name]
-
-    def measures(self) -> dict[str, PredictorSettings | SegmentorSettings]:
-        """The networks that guide and judge, by where they stand in the recipe."""
-        rules = self.finetune.rules if self.finetune else ()
-        found = {f"finetune.rules[{index}].guide": rule.guide for index, rule in enumerate(rules)}
-        if self.audit is not None:
-            found |= {"audit.judge": self.audit.judge}
-            found |= {"audit.segmentor": self.audit.segmentor} if self.audit.segmentor else {}
-        return found
-
-    def trainings(self) -> dict[str, TrainSettings]:
-        """How everything is trained, by where it stands in the recipe."""
-        sections = {"": self, "generator": self.generator, "finetune": self.finetune, **self.measures()}
-        found = {f"{path}.train".lstrip("."): getattr(of, "train", None) for path, of in sections.items()}
-        return {path: train for path, train in found.items() if train is not None}
-
-    def problems(self) -> list[str]:
-        """Combinations that cannot work, one sentence each."""
-        found = []
-        plan = self.views.counterfactual
-        if self.bank.do and self.generator is None:
-            found.append(
-                "bank.do asks for counterfactuals, but there is no generator; add one or remove bank.do"
-            )
-        if self.finetune is not None and not isinstance(self.generator, HVAESettings):
-            found.append("finetune changes an hvae, but generator is not one; set generator.name: hvae")
-        if self.finetune is not None and isinstance(self.generator, HVAESettings):
-            variables = {*self.generator.parents, *self.generator.graph}
-            variables.update(*self.generator.graph.values())
-            if strangers := sorted(set(self.finetune.do) - variables):
-                found.append(
-                    f"finetune.do intervenes on {strangers}, which is not among the generator's variables "
-                    f"{sorted(variables)}"
-                )
-            for index, rule in enumerate(self.finetune.rules):
-                unknown = [name for name in getattr(rule.guide, "attributes", ()) if name not in variables]
-                if unknown:
-                    found.append(
-                        f"finetune.rules[{index}].guide predicts {unknown}, which the generator does not "
-                        f"know and cannot be held to; its variables are {sorted(variables)}"
-                    )
-        if self.audit is not None and not self.bank.do:
-            found.append("audit looks at the counterfactuals of bank.do, which is empty; name what to do")
-        if self.bank.gate is not None and self.audit is None:
-            found.append("bank.gate drops views that audit.judge disagrees with; add audit.judge")
-        if self.bank.gate is not None and self.audit is not None:
-            unjudged = sorted(self.bank.variables - set(self.audit.judge.attributes))
-            if unjudged:
-                found.append(
-                    f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge "
-                    "does not predict; add them to audit.judge.attributes"
-                )
-        if self.audit is not None and self.finetune is not None:
-            guides = [rule.guide for rule in self.finetune.rules]
-            for judge, name in ((self.audit.judge, "judge"), (self.audit.segmentor, "segmentor")):
-                if judge in guides:
-                    found.append(
-                        f"audit.{name} is the very guide of finetune.rules[{guides.index(judge)}]; give it "
-                        "another train.seed and the other part of the training images"
-                    )
-        if self.generator is not None and not self.bank.do:
-            found.append(
-                "generator is given, but bank.do is empty; name what to intervene on, e.g. bank.do: "
-                "{scanner: all}"
-            )
-        if plan is not None and plan.variable not in self.bank.variables:
-            found.append(
-                f"views.counterfactual.variable is {plan.variable!r}, but bank.do intervenes on "
-                f"{sorted(self.bank.variables) or 'nothing'}"
-            )
-        if self.generator is not None:
-            known = {*self.generator.parents, *self.generator.graph}
-            known.update(*self.generator.graph.values())
-            strangers = sorted(self.bank.variables - known)
-            if strangers:
-                found.append(
-                    f"bank.do intervenes on {strangers}, which is not among the generator's variables "
-                    f"{sorted(known)}"
-                )
-        if isinstance(self.objective, SimCLRSettings) and self.views.count != 2:
-            found.append(f"objective simclr takes 2 views, but views.count is {self.views.count}")
-        if isinstance(self.objective, SimCLRSettings) and self.train.accumulate > 1:
-            part = self.train.batch // self.train.accumulate
-            found.append(
-                f"train.accumulate is {self.train.accumulate}, but objective simclr compares the images of a "
-                f"micro-batch with each other, {part} instead of the {self.train.batch} of train.batch; set "
-                "train.accumulate: 1 and choose train.batch to fit the memory"
-            )
-        for path, train in self.trainings().items():
-            if train.batch % train.accumulate:
-                found.append(
-                    f"{path}.batch ({train.batch}) is not a multiple of {path}.accumulate "
-                    f"({train.accumulate})"
-                )
-        names = [evaluation.label for evaluation in self.evaluate]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            found.append(
-                f"evaluate holds {repeated} more than once; merge them or change their target or fraction"
-            )
-        return found
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

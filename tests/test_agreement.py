@@ -13,7 +13,8 @@ from cfssl.data.prepare import save_prepared
 from cfssl.data.regions import AreaSpec
 from cfssl.data.table import Attribute, ImageTable
 from cfssl.errors import UserError
-from cfssl.recipe import Recipe, parse_recipe
+from cfssl.experiment import Recipe
+from cfssl.recipe import parse_recipe
 
 GRADES = ("none", "mild", "severe")
 SPLIT = np.repeat(["train", "val", "test"], 30)

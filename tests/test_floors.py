@@ -24,6 +24,7 @@ FLOORS = [
     {"bank"},
     {"evaluate"},
     {"visualise"},
+    {"experiment"},
     {"recipe"},
     {"agreement", "production"},
     {"generation"},

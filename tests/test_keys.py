@@ -18,9 +18,10 @@ from cfssl.engine import loop
 from cfssl.engine.checkpoint import save_checkpoint
 from cfssl.engine.loop import TrainSettings, loader
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
+from cfssl.experiment import Recipe
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.pipeline import Pipeline
-from cfssl.recipe import Recipe, parse_recipe
+from cfssl.recipe import parse_recipe
 from cfssl.seeds import numpy_generator, torch_generator
 
 CPU = HardwareSettings(accelerator="cpu")

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfssl.errors import UserError
-from cfssl.recipe import Recipe, load_recipe, parse_recipe, recipe_schema, write_recipe
+from cfssl.experiment import Recipe
+from cfssl.recipe import load_recipe, parse_recipe, recipe_schema, write_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = """

@@ -155,10 +155,10 @@ def minimality_panels(record: Mapping[str, Any]) -> list[Panel]:
     """What `cfssl.evaluate.minimality` says, per do()."""
     found = record.get("minimality") or {}
     kinds = {
-        "p1": ("Real images of the new value that are nearer", "share (an edit that is minimal has few)"),
+        "p1": ("Real images of the new value that are nearer", "share; the fewer, the smaller the edit"),
         "p2": (
             "Real images of the old value that are farther",
-            "share (an edit that leaves has few)",
+            "share; the fewer, the farther it left",
         ),
         "cld": ("Counterfactual latent divergence", "log of both shares"),
     }

@@ -1,0 +1,176 @@
+"""What an experiment is: its sections, each owned by the room that uses it, and what cannot work together.
+
+`recipe.py` reads it from files.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cfssl.bank.settings import BankSettings
+from cfssl.data.datasets import (
+    MorphoMNISTSettings,
+    PhantomChestSettings,
+    PhantomTubeSettings,
+    TableSettings,
+)
+from cfssl.data.views import ViewSettings
+from cfssl.engine.loop import TrainSettings
+from cfssl.engine.run import HardwareSettings
+from cfssl.evaluate.settings import AuditSettings, EvaluationSettings
+from cfssl.generators.finetune import FinetuneSettings
+from cfssl.generators.hvae import HVAESettings
+from cfssl.generators.oracle import OracleSettings
+from cfssl.measure import PredictorSettings, SegmentorSettings
+from cfssl.models.backbone import BackboneSettings
+from cfssl.objectives.simclr import SimCLRSettings
+from cfssl.objectives.supervised import SupervisedSettings
+
+DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
+GeneratorSettings = HVAESettings | OracleSettings
+
+
+class Recipe(BaseModel):
+    """One experiment: table, generator, bank, views, objective, encoder, evaluations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: Annotated[DataSettings, Field(discriminator="name")]
+    generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
+    finetune: FinetuneSettings | None = None
+    bank: BankSettings = Field(default_factory=BankSettings)
+    audit: AuditSettings | None = None
+    views: ViewSettings = Field(default_factory=ViewSettings)
+    objective: Annotated[SimCLRSettings | SupervisedSettings, Field(discriminator="name")] = Field(
+        default_factory=SimCLRSettings
+    )
+    backbone: BackboneSettings = Field(default_factory=BackboneSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: tuple[EvaluationSettings, ...] = ()
+    hardware: HardwareSettings = Field(default_factory=HardwareSettings)
+    track: Literal["none", "wandb"] = "none"
+
+    def section(self, name: str) -> Any:
+        """A section as JSON-serialisable settings, for content keys."""
+        return self.model_dump(mode="json")[name]
+
+    def variables(self) -> set[str]:
+        """Everything that the generator's graph knows."""
+        if self.generator is None:
+            return set()
+        graph = self.generator.graph
+        return {*self.generator.parents, *graph}.union(*graph.values())
+
+    def measures(self) -> dict[str, PredictorSettings | SegmentorSettings]:
+        """The networks that guide and judge, by where they stand in the recipe."""
+        rules = self.finetune.rules if self.finetune else ()
+        found = {f"finetune.rules[{index}].guide": rule.guide for index, rule in enumerate(rules)}
+        if self.audit is not None:
+            found |= {"audit.judge": self.audit.judge}
+            found |= {"audit.segmentor": self.audit.segmentor} if self.audit.segmentor else {}
+        return found
+
+    def trainings(self) -> dict[str, TrainSettings]:
+        """How everything is trained, by where it stands in the recipe."""
+        sections = {"": self, "generator": self.generator, "finetune": self.finetune, **self.measures()}
+        found = {f"{path}.train".lstrip("."): getattr(of, "train", None) for path, of in sections.items()}
+        return {path: train for path, train in found.items() if train is not None}
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, one sentence each."""
+        parts = (generator_problems, audit_problems, bank_problems, training_problems)
+        return [problem for part in parts for problem in part(self)]
+
+
+def generator_problems(recipe: Recipe) -> list[str]:
+    """Of generator and finetune."""
+    found = []
+    generator, finetune, variables = recipe.generator, recipe.finetune, recipe.variables()
+    if recipe.bank.do and generator is None:
+        found.append("bank.do asks for counterfactuals, but there is no generator; add one or remove bank.do")
+    if generator is not None and not recipe.bank.do:
+        found.append(
+            "generator is given, but bank.do is empty; name what to intervene on, e.g. bank.do: "
+            "{scanner: all}"
+        )
+    if generator is not None and (strangers := sorted(recipe.bank.variables - variables)):
+        found.append(
+            f"bank.do intervenes on {strangers}, which is not among the generator's variables "
+            f"{sorted(variables)}"
+        )
+    if finetune is None:
+        return found
+    if not isinstance(generator, HVAESettings):
+        return [*found, "finetune changes an hvae, but generator is not one; set generator.name: hvae"]
+    if strangers := sorted(set(finetune.do) - variables):
+        found.append(
+            f"finetune.do intervenes on {strangers}, which is not among the generator's variables "
+            f"{sorted(variables)}"
+        )
+    for index, rule in enumerate(finetune.rules):
+        unknown = [name for name in getattr(rule.guide, "attributes", ()) if name not in variables]
+        if unknown:
+            found.append(
+                f"finetune.rules[{index}].guide predicts {unknown}, which the generator does not know and "
+                f"cannot be held to; its variables are {sorted(variables)}"
+            )
+    return found
+
+
+def audit_problems(recipe: Recipe) -> list[str]:
+    """Of audit and bank.gate, and of judges that are guides."""
+    found, audit, gate = [], recipe.audit, recipe.bank.gate
+    if audit is None:
+        return ["bank.gate drops views that audit.judge disagrees with; add audit.judge"] if gate else []
+    if not recipe.bank.do:
+        found.append("audit looks at the counterfactuals of bank.do, which is empty; name what to do")
+    if gate is not None and (unjudged := sorted(recipe.bank.variables - set(audit.judge.attributes))):
+        found.append(
+            f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge does "
+            "not predict; add them to audit.judge.attributes"
+        )
+    guides = [rule.guide for rule in recipe.finetune.rules] if recipe.finetune else []
+    for judge, name in ((audit.judge, "judge"), (audit.segmentor, "segmentor")):
+        if judge in guides:
+            found.append(
+                f"audit.{name} is the very guide of finetune.rules[{guides.index(judge)}]; give it another "
+                "train.seed and the other part of the training images"
+            )
+    return found
+
+
+def bank_problems(recipe: Recipe) -> list[str]:
+    """Of what views and evaluations ask for."""
+    found, plan = [], recipe.views.counterfactual
+    if plan is not None and plan.variable not in recipe.bank.variables:
+        found.append(
+            f"views.counterfactual.variable is {plan.variable!r}, but bank.do intervenes on "
+            f"{sorted(recipe.bank.variables) or 'nothing'}"
+        )
+    names = [evaluation.label for evaluation in recipe.evaluate]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        found.append(
+            f"evaluate holds {repeated} more than once; merge them or change their target or fraction"
+        )
+    return found
+
+
+def training_problems(recipe: Recipe) -> list[str]:
+    """Of batches, micro-batches and the objective."""
+    found = []
+    if isinstance(recipe.objective, SimCLRSettings) and recipe.views.count != 2:
+        found.append(f"objective simclr takes 2 views, but views.count is {recipe.views.count}")
+    if isinstance(recipe.objective, SimCLRSettings) and recipe.train.accumulate > 1:
+        part = recipe.train.batch // recipe.train.accumulate
+        found.append(
+            f"train.accumulate is {recipe.train.accumulate}, but objective simclr compares the images of a "
+            f"micro-batch with each other, {part} instead of the {recipe.train.batch} of train.batch; set "
+            "train.accumulate: 1 and choose train.batch to fit the memory"
+        )
+    for path, train in recipe.trainings().items():
+        if train.batch % train.accumulate:
+            found.append(
+                f"{path}.batch ({train.batch}) is not a multiple of {path}.accumulate ({train.accumulate})"
+            )
+    return found
