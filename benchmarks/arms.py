@@ -22,6 +22,7 @@ from cfssl.files import made_folders, read_json, write_json
 from cfssl.generators.finetune import FinetuneSettings, finetune
 from cfssl.generators.hvae import HVAEGenerator, HVAESettings
 from cfssl.generators.targets import TargetRule
+from cfssl.measure.embedding import Embedding, EmbeddingSettings
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings
 from cfssl.measure.segmentor import Segmentor, SegmentorSettings
 from cfssl.stages import FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, TABLE_CODE, Stage, keyed_stage
@@ -67,6 +68,11 @@ def predictor(runs: Path, table: ImageTable, settings: PredictorSettings) -> Att
 def segmentor(runs: Path, table: ImageTable, settings: SegmentorSettings) -> Segmentor:
     """Trained on real images, or loaded."""
     return _measure(runs, table, settings, Segmentor(settings, table.mask_names, table.images.shape))
+
+
+def embedding(runs: Path, table: ImageTable, settings: EmbeddingSettings) -> Embedding:
+    """Trained on real images, or loaded."""
+    return _measure(runs, table, settings, Embedding(settings, table.images.shape))
 
 
 def _measure(runs: Path, table: ImageTable, settings: Any, network: Any) -> Any:

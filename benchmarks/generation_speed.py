@@ -326,7 +326,7 @@ def prepare(part: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--data-root", help="folder with morphomnist/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/generation_speed"))
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time in part two")
     parser.add_argument("--minutes", type=float, default=4.0, help="of training per network and seed")
     parser.add_argument("--only", metavar="PART", help="prepare one part: speed, or e.g. small-0")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import arm, base, finished, in_processes, load_arrays, plain, predictor, save_arrays
+from arms import arm, base, embedding, finished, in_processes, load_arrays, plain, predictor, save_arrays
 from axioms import (
     VARIABLES,
     Digits,
@@ -31,12 +31,12 @@ from axioms import (
     effects,
     reversibilities,
 )
-from latent_vae import latent_vae
 from PIL import Image
 
 from cfssl.data.morphomnist import PARENTS
 from cfssl.data.pixels import to_signed
 from cfssl.data.table import ImageTable
+from cfssl.evaluate.audited import embedded
 from cfssl.evaluate.counterfactual import assert_independent
 from cfssl.evaluate.minimality import latent_divergence
 from cfssl.files import read_json, write_json
@@ -45,6 +45,7 @@ from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.hvae_settings import HVAESettings, HVAETrainSettings
 from cfssl.generators.hvae_small import S_HVAE_32, SmallNetworkSettings
 from cfssl.generators.targets import AttributeRule, AttributeRuleSettings
+from cfssl.measure.embedding import EmbeddingSettings, EmbeddingTrainSettings
 from cfssl.measure.predictor import AttributePredictor, PredictorSettings, PredictorTrainSettings
 from cfssl.measure.sampling import AugmentSettings
 from cfssl.stages import GENERATOR_CODE, MEASURE_CODE, keyed_stage
@@ -164,12 +165,13 @@ def minimalities(
     generator: HVAEGenerator, digits: Digits, seed: int, runs: Path, table: ImageTable
 ) -> Scores:
     """`minimality_p1_do_K/network`, `..._p2_...`, `..._cld_...` (N,), against the real training digits."""
-    network, train = latent_vae(runs, table, seed), table.rows("train")
+    settings = EmbeddingSettings(sigma=0.25, train=EmbeddingTrainSettings(seed=seed))
+    network, train = embedding(runs, table, settings), table.rows("train")
     real, known = to_signed(table.images.read(train)), table.encode(VARIABLES, train)
-    space, factual = network.gaussians(real), network.gaussians(digits.x)
+    space, factual = embedded(network, real), embedded(network, digits.x)
     found: Scores = {}
     for name in VARIABLES:
-        made = network.gaussians(counterfactuals(generator, digits, name))
+        made = embedded(network, counterfactuals(generator, digits, name))
         before, after, of_real = (
             digits.bins(name, values[name]) for values in (digits.pa, digits.other, known)
         )
@@ -241,7 +243,7 @@ def distance_to_aim(found: dict[str, list[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--data-root", help="folder with morphomnist/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/morphomnist_axioms"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, metavar="SEED", help="prepare one seed")
     options = parser.parse_args()

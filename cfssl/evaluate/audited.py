@@ -84,6 +84,7 @@ def seen_by(judge: AttributePredictor, images: torch.Tensor) -> dict[str, np.nda
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
+@torch.no_grad()
 def segmented(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
     """Hard masks (N, S, H, W) float32 of 0 and 1."""
     device = next(segmentor.parameters()).device
@@ -94,7 +95,9 @@ def segmented(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).float()
 
 
+@torch.no_grad()
 def embedded(embedding: Embedding, images: torch.Tensor) -> Gaussians:
+    """The posterior of every image, (N, latents) each."""
     device = next(embedding.parameters()).device
     parts = [embedding(images[i : i + BATCH].to(device)) for i in range(0, len(images), BATCH)]
     mean, log_sigma = (torch.cat(values).cpu().numpy() for values in zip(*parts, strict=True))
