@@ -23,6 +23,28 @@ ROWS = {
         "ham_gain_worst": "HAM10000: CF-SimCLR minus SimCLR, worst source",
         "ham_gain_all_sources": "HAM10000: CF-SimCLR minus SimCLR, mean of the sources",
     },
+    "amplification": {
+        f"{world}_{name}": words.format(world)
+        for world in ("digits", "chest")
+        for name, words in {
+            "amp_hard": "fine-tuning with hard labels, {}: change of attributes that were left alone",
+            "amp_soft": "the same with soft labels",
+            "amp_hard_minus_soft": "hard minus soft",
+            "ceiling_excess_hard": "hard labels, {}: such attributes against the best possible AUC",
+            "ceiling_excess_soft": "the same with soft labels",
+            "intervened_auc_hard_minus_soft": "what was set, {}: hard minus soft",
+        }.items()
+    },
+    "positional_seg": {
+        f"{world}_{name}": words.format(world)
+        for world in ("lungs", "tube")
+        for name, words in {
+            "target_error_ratio": "Pos-Seg over Seg, {}: error of the region that was set",
+            "offtarget_error_ratio": "error of the structure's other regions",
+            "localisation_gain": "Pos-Seg minus Seg: share of the change inside the region",
+            "l1_to_truth_ratio": "Pos-Seg over Seg: distance to the true counterfactual",
+        }.items()
+    },
     "bank_read": {
         "ratio_vs_png_64": "bank against one PNG per view, 64 px, images per second",
         "ratio_vs_memcpy_64": "bank against copying the same images in memory, 64 px",
