@@ -13,6 +13,7 @@ content-addressed stages.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from arms import (
 from record import write_results
 from torch import Tensor
 
+from cfssl.data.batches import ImageData
 from cfssl.data.pixels import to_signed
 from cfssl.data.table import ImageTable
 from cfssl.generators.finetune import FinetuneSettings, FinetuneTrainSettings, mean_free_energy
@@ -167,7 +169,11 @@ def scored(
 
     parts = in_batches(len(rows), batch)
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    energy = mean_free_energy(generator, table, table.rows("val"), generator.settings.train)
+    held_out = table.rows("val")
+    train = replace(generator.settings.train, epochs=1)
+    known = table.encode(generator.graph.variables, held_out)
+    data = ImageData(table, held_out, known, train, noise_size=generator.network.noise_size)
+    energy = mean_free_energy(generator, (some for step in range(len(data)) for some in data[step]))
     found |= {f"target/{name}": values.numpy() for name, values in do.items()}
     return found | {"free_energy": np.array(energy)}
 

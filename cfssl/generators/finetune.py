@@ -18,7 +18,7 @@ Deviations from the published code, on purpose:
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -27,7 +27,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from cfssl.data.batches import ImageBatch, ImageData, read_batch
+from cfssl.data.batches import ImageBatch, ImageData
 from cfssl.data.table import Attributes, ImageTable
 from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.run import Run
@@ -38,7 +38,7 @@ from cfssl.scm.graph import refuse_unknown
 from cfssl.seeds import torch_generator
 from cfssl.settings import STRICT, AboveOne, BelowOne, Count, NonNegative, Positive, Probability
 
-BOUND_ROWS = 2048  # training images on which c is measured
+BOUND_IMAGES = 2048  # on which c is measured
 CLIPPED = (0.01, 0.99)  # quantiles of training that interventions on continuous variables stay between
 
 
@@ -190,10 +190,6 @@ def finetune(
     refuse_unknown(variables, graph.variables, "finetune.do")
     rows = table.rows("train", known=graph.variables)
     values = table.encode(graph.variables, rows)
-    bound = settings.bound
-    if bound is None:
-        bound = mean_free_energy(generator, table, rows[:BOUND_ROWS], settings.train)
-    task = FinetuneTask(generator, rules, variables, value_limits(values), bound, settings)
     data = ImageData(
         table,
         rows,
@@ -203,6 +199,11 @@ def finetune(
         weights=drawing_weights(generator.settings, values),
         section="finetune.train",
     )
+    bound = settings.bound
+    if bound is None:  # on images as training draws them, with the noise it draws
+        steps = range(min(len(data), max(1, BOUND_IMAGES // settings.train.batch)))
+        bound = mean_free_energy(generator, (batch for step in steps for batch in data[step]))
+    task = FinetuneTask(generator, rules, variables, value_limits(values), bound, settings)
     for rule in rules:
         rule.to(run.hardware.device)
     finished = fit(task, data, settings.train, run, "fine-tuning")
@@ -224,17 +225,12 @@ def value_limits(values: Attributes) -> dict[str, tuple[float, float]]:
 
 
 @torch.no_grad()
-def mean_free_energy(
-    generator: HVAEGenerator, table: ImageTable, rows: np.ndarray, train: TrainSettings, batch: int = 64
-) -> float:
-    """F of the generator, nats per pixel, over `rows`, with noise of the posterior drawn as in training."""
-    network, total = generator.network, 0.0
-    for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
-        pa = table.encode(generator.graph.image_parents, some)
-        x = read_batch(table, some, pa, []).x
-        noise = torch.randn(len(x), network.noise_size, generator=torch_generator(train.seed, "bound", start))
-        inference = network.infer(x, generator.encoder(pa), network.split_noise(noise))
-        energy = free_energy(network, x, inference, generator.settings.beta, generator.settings)["loss"]
-        total += float(energy) * len(some)
-    return total / len(rows)
+def mean_free_energy(generator: HVAEGenerator, batches: Iterable[ImageBatch]) -> float:
+    """F of the generator, nats per pixel, over images with noise for the posterior."""
+    network, settings, total, count = generator.network, generator.settings, 0.0, 0
+    for batch in batches:
+        noise = network.split_noise(batch.noise)
+        inference = network.infer(batch.x, generator.encoder(batch.attributes), noise)
+        energy = free_energy(network, batch.x, inference, settings.beta, settings)["loss"]
+        total, count = total + float(energy) * len(batch), count + len(batch)
+    return total / count

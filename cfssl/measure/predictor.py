@@ -207,6 +207,7 @@ class AttributePredictor(nn.Module):
                 "shape": list(shape),
             },
         )
+        self.eval()
 
     @property
     def fingerprint(self) -> str:

@@ -141,6 +141,7 @@ class Segmentor(nn.Module):
         self.network = self._network().requires_grad_(False).eval()
         identity = TypeAdapter(SegmentorSettings).dump_python(settings, mode="json")
         self.record = Record("segmentor", {"settings": identity, "shape": list(shape)})
+        self.eval()
 
     @property
     def structures(self) -> tuple[str, ...]:
