@@ -161,13 +161,13 @@ def test_a_value_without_interval_is_printed_with_the_reason(capsys: pytest.Capt
 
 def test_the_sheet_takes_patients_from_every_scanner_in_turn(runs: Path, tmp_path: Path) -> None:
     shown = job(runs, WITH_BANK)
-    items = spread_over_domains(shown.bank, shown.table, 8)
-    scanners = shown.table.frame["scanner"].to_numpy()[shown.bank.rows[items]]
+    items = spread_over_domains(shown.generation.bank, shown.table, 8)
+    scanners = shown.table.frame["scanner"].to_numpy()[shown.generation.bank.rows[items]]
     assert sorted(set(scanners)) == ["A", "B", "C", "D"]
     assert len(np.unique(items)) == 8
     bank_sheet(shown, tmp_path / "sheet.png", items=4)
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
-    assert slot_names(shown.bank) == ["real", *(f"do(scanner={name})" for name in "ABCD")]
+    assert slot_names(shown.generation.bank) == ["real", *(f"do(scanner={name})" for name in "ABCD")]
     with pytest.raises(UserError, match="holds real images only"):
         bank_sheet(job(runs, PLAIN), tmp_path / "none.png")
 
