@@ -31,6 +31,7 @@ class World:
     ) -> None:
         self.name, self.graph, self.attributes = name, graph, attributes
         self.scores, self.seeds = scores, seeds
+        self._audits: dict[str, list[dict[str, Any]]] = {}
         test = table.frame.iloc[table.rows("test")]
         self.recorded = {a: table.encode([a], table.rows("test"))[a].numpy() for a in attributes}
         true = {a: test[f"true_{a}"].to_numpy() for a in attributes}
@@ -57,10 +58,12 @@ class World:
 
     def audits(self, arm: str) -> list[dict[str, Any]]:
         """One record of `amplification` per seed."""
-        return [
-            amplification(self.graph, verdicts, ceilings=self.ceilings, true_classes=self.true, resamples=200)
-            for verdicts in self.of(arm)
-        ]
+        if arm not in self._audits:
+            options = {"ceilings": self.ceilings, "true_classes": self.true}
+            self._audits[arm] = [
+                amplification(self.graph, verdicts, resamples=200, **options) for verdicts in self.of(arm)
+            ]
+        return self._audits[arm]
 
     def difference(self, first: str, second: str, what: str) -> dict[str, Any]:
         """AUC points, with the variance of test images and of training seeds."""
