@@ -168,8 +168,11 @@ def table_of(world: World, arms: tuple[str, ...], figures: Mapping[str, dict[str
         "free_energy": ("F", 4),
         "composition": ("composition, t_u = 0", 2),
     }
-    rows = [
-        [arm, *[with_interval(figures[f"{w}_{key}_{arm}"], digits) for key, (_, digits) in shown.items()]]
-        for arm in arms
-    ]
+    signed = ("ceiling_excess", "sharpness", "towards_label")
+
+    def cell(arm: str, key: str) -> str:
+        text = with_interval(figures[f"{w}_{key}_{arm}"], shown[key][1])
+        return text if key in signed else text.replace("+", "")
+
+    rows = [[arm, *[cell(arm, key) for key in shown]] for arm in arms]
     return text + markdown_table(["arm", *[title for title, _ in shown.values()]], rows) + "\n"

@@ -313,16 +313,14 @@ def table_of(world: str, figures: Mapping[str, dict[str, Any]]) -> str:
         "l1_over_unchanged": ("over the image left unchanged", 2),
         "composition": ("composition, t_u = 0", 2),
     }
-    rows = [
-        [
-            name,
-            *[with_interval(figures[f"{world}_{key}_{name}"], digits) for key, (_, digits) in shown.items()],
-        ]
-        for name in ARMS
-    ]
+
+    def cell(name: str, key: str) -> str:
+        return with_interval(figures[f"{world}_{key}_{name}"], shown[key][1]).replace("+", "")
+
+    rows = [[name, *[cell(name, key) for key in shown]] for name in ARMS[world]]
     text = f"## {world}\n\n" + markdown_table(["arm", *[title for title, _ in shown.values()]], rows)
     rows = [
-        [name.removeprefix(f"{world}_").replace("_", " "), with_interval(entry, 2)]
+        [name.removeprefix(f"{world}_").replace("_", " "), with_interval(entry, 3).replace("+", "")]
         for name, entry in figures.items()
         if name.startswith(f"{world}_") and ("_ratio" in name or "_gain" in name)
     ]
