@@ -45,7 +45,26 @@ QUALITY = {
         "ham_gain_worst",
         "hvae_scanner_effectiveness",
         "hvae_l1_ratio",
-    ]
+    ],
+    "amplification": [
+        f"{world}_{name}"
+        for world in ("digits", "chest")
+        for name in (
+            *(f"amp_{arm}" for arm in ("hard", "soft", "hard_minus_soft")),
+            *(f"ceiling_excess_{arm}" for arm in ("hard", "soft")),
+            "intervened_auc_hard_minus_soft",
+        )
+    ],
+    "positional_seg": [
+        f"{world}_{name}"
+        for world in ("lungs", "tube")
+        for name in (
+            "target_error_ratio",
+            "offtarget_error_ratio",
+            "localisation_gain",
+            "l1_to_truth_ratio",
+        )
+    ],
 }
 
 
