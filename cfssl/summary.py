@@ -21,8 +21,11 @@ from cfssl.visualise.views import view_grid
 
 
 def report_of(job: Pipeline) -> Path:
-    """Runs what is missing of a recipe and writes its page."""
-    return compare({job.recipe.name: job}, job.folder, job.recipe.name)
+    """Runs what is missing of a recipe and writes its page, and beside it that of its audit."""
+    page = compare({job.recipe.name: job}, job.folder, job.recipe.name)
+    if job.recipe.audit is not None:
+        audit_page(job)
+    return page
 
 
 def compare(

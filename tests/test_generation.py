@@ -2,6 +2,7 @@
 shared by the recipes that agree on them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,21 @@ def call(
     return int(caught.value.code or 0), printed.out + printed.err
 
 
-def test_bank_audit_writes_a_page(
-    done: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("verb", "page"), [(("bank", "audit"), "audit/audit.html"), (("report",), "report.html")]
+)
+def test_bank_audit_and_report_write_the_page_of_the_audit(
+    done: Pipeline,
+    verb: tuple[str, ...],
+    page: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = done.folder / "recipe.yaml"
-    code, printed = call(monkeypatch, capsys, "bank", "audit", recipe, "--runs", done.runs, "--quiet")
+    recipe, folder = done.folder / "recipe.yaml", done.folder / "audit"
+    shutil.rmtree(folder, ignore_errors=True)
+    code, printed = call(monkeypatch, capsys, *verb, recipe, "--runs", done.runs, "--quiet")
     assert code == 0
-    folder = done.folder / "audit"
-    assert printed.strip().endswith(str(folder / "audit.html"))
+    assert printed.strip().endswith(str(done.folder / page))
     files = {file.name for file in folder.iterdir()}
     assert {"audit.html", "audit.md", "amplification.png", "axioms.png", "counterfactuals.png"} <= files
     assert "do(scanner=B)" in (folder / "audit.md").read_text()
