@@ -81,6 +81,11 @@ class VAE(nn.Module):
         return nn.functional.pixel_shuffle(folded[:, :, : self.sides[0], : self.sides[1]], self.fold)
 
 
+def divergence(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+    """KL(q || N(0, 1)) in nats (B,), of (B, latents) each."""
+    return (mean.square() + (2 * log_sigma).exp() - 1).div(2).sub(log_sigma).sum(1)
+
+
 class EmbeddingTask(nn.Module):
     """Minimises the negative ELBO, nats per image over the number of pixels."""
 
@@ -92,7 +97,7 @@ class EmbeddingTask(nn.Module):
         mean, log_sigma = self.network.posterior(batch.x)
         reconstruction = self.network.image(mean + log_sigma.exp() * batch.noise)
         error = ((batch.x - reconstruction) / self.sigma).square().mean() / 2
-        kl = (mean.square() + (2 * log_sigma).exp() - 1).div(2).sub(log_sigma).sum(1).mean()
+        kl = divergence(mean, log_sigma).mean()
         return {"loss": error + kl / batch.x[0].numel(), "error": error, "kl": kl}
 
     def after_step(self, step: int) -> None:
@@ -150,7 +155,7 @@ class Embedding(nn.Module):
         for _, batch in measured(table, table.rows(split), self.network):
             mean, log_sigma = self.network.posterior(batch.x)
             errors.append((self.network.image(mean) - batch.x).abs().flatten(1).mean(1) * 127.5)
-            divergences.append((mean.square() + (2 * log_sigma).exp() - 1).div(2).sub(log_sigma).sum(1))
+            divergences.append(divergence(mean, log_sigma))
         found = {"error": float(torch.cat(errors).mean()), "kl": float(torch.cat(divergences).mean())}
         return {"images": found}
 
