@@ -35,6 +35,7 @@ class ViewBatch:
     attributes: dict[str, torch.Tensor]  # factual, (B,) each
     row: torch.Tensor  # (B,) long: row of the table
     labels: torch.Tensor | None = None  # (B, V, M, H, W) masks warped with the views
+    local: Self | None = None  # further views of the same items, of a size of their own (multi-crop)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,7 +44,7 @@ class ViewBatch:
         def move(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: move(entry) for name, entry in value.items()}
-            return value.to(device, **keywords) if isinstance(value, torch.Tensor) else value
+            return value if value is None else value.to(device, **keywords)
 
         return type(self)(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
@@ -51,7 +52,7 @@ class ViewBatch:
         def pin(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: pin(entry) for name, entry in value.items()}
-            return value.pin_memory() if isinstance(value, torch.Tensor) else value
+            return value if value is None else value.pin_memory()
 
         return type(self)(**{field.name: pin(getattr(self, field.name)) for field in fields(self)})
 
@@ -167,7 +168,9 @@ def split(batch: ViewBatch, parts: int) -> list[ViewBatch]:
     def cut(value: Any, part: int) -> Any:
         if isinstance(value, dict):
             return {name: cut(entry, part) for name, entry in value.items()}
-        return value[part * size : (part + 1) * size] if isinstance(value, torch.Tensor) else value
+        if isinstance(value, ViewBatch):
+            return split(value, parts)[part]
+        return value if value is None else value[part * size : (part + 1) * size]
 
     names = [field.name for field in fields(batch)]
     return [type(batch)(**{name: cut(getattr(batch, name), part) for name in names}) for part in range(parts)]
