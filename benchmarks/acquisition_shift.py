@@ -189,7 +189,7 @@ class Scores:
         self.jobs = {key: pipeline(*task, runs) for key, task in arms(data_root).items()}
         self.results: dict[tuple[str, str, int], dict[str, np.ndarray]] = {}
         for key, job in self.jobs.items():
-            self.results[key] = job.scores(0)
+            self.results[key] = job.evaluation.scores(0)
 
     def of(self, world: str, arm: str, fraction: str = "1") -> list[np.ndarray]:
         """One (n, classes) per seed."""
@@ -231,7 +231,7 @@ class Scores:
             label = job.recipe.evaluate[evaluation].label
             result = next(
                 entry
-                for entry in job.evaluations()
+                for entry in job.evaluation.results()
                 if f"{entry['evaluation']}-{entry['target']}" == label
                 and entry["protocol"]["label_fraction"] == fraction
             )

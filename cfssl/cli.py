@@ -184,7 +184,7 @@ def evaluate(
     """Evaluate the encoder of a recipe; prints the value of every group."""
     from cfssl.summary import print_result
 
-    for result in pipeline(recipe, overrides, runs, quiet).evaluations():
+    for result in pipeline(recipe, overrides, runs, quiet).evaluation.results():
         print_result(result)
 
 

@@ -34,7 +34,7 @@ def run_demo(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> 
     )
     for name, job in jobs.items():
         print(f"\n{name}: {descriptions[name]}")
-        for result in job.evaluations():
+        for result in job.evaluation.results():
             print_result(result)
     print(f"\n{minutes:.1f} minutes")
     return page

@@ -1,7 +1,7 @@
 """The stages of a recipe, in order, each kept under the key of everything it depends on.
 
     table -> generator -> bank -> encoder -> features -> evaluations -> report
-             `---- generation.py ----'
+             `-- generation.py --'           `--- evaluation.py ---'
 
 The key of a stage = hash(its section of the recipe + keys of its inputs + code version of its rooms). A stage
 lives in `RUNS/stages/<stage>-<key>/` and is finished when its `done.json` is there; recipes that agree up to
@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from cfssl.agreement import check_against_table
@@ -24,25 +23,18 @@ from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
-from cfssl.evaluate.evaluations import evaluate, load_scores, save_scores
-from cfssl.evaluate.features import extract, load_features, save_features
+from cfssl.evaluation import Evaluation
 from cfssl.experiment import Recipe
-from cfssl.files import read_json, write_json
+from cfssl.files import write_json
 from cfssl.generation import Generation
 from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.objectives import create_objective
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
-from cfssl.provenance import environment, git_state
+from cfssl.provenance import environment
 from cfssl.recipe import write_recipe
-from cfssl.stages import (
-    ENCODER_CODE,
-    EVALUATION_CODE,
-    FEATURE_CODE,
-    TABLE_CODE,
-    Stage,
-)
+from cfssl.stages import ENCODER_CODE, TABLE_CODE, Stage
 
 
 class Pipeline:
@@ -54,6 +46,10 @@ class Pipeline:
         self.folder = runs / recipe.name
         self.production = Production(recipe, runs, quiet)
         self.generation = Generation(self.production, self.table_stage.key, lambda: self.table)
+        keys = self.table_stage.key, self.encoder_stage.key
+        self.evaluation = Evaluation(
+            self.production, self.folder, *keys, lambda: self.table, lambda: self.encoder
+        )
 
     @cached_property
     def table_stage(self) -> Stage:
@@ -65,22 +61,10 @@ class Pipeline:
         keys = self.recipe.hardware.precision, self.generation.bank_stage.key
         return self.production.stage("encoder", sections, *keys, code=ENCODER_CODE)
 
-    @cached_property
-    def features_stage(self) -> Stage:
-        keys = self.encoder_stage.key, self.table_stage.key
-        return self.production.stage("features", *keys, code=FEATURE_CODE)
-
-    def evaluation_stage(self, index: int) -> Stage:
-        section = self.recipe.section("evaluate")[index]
-        return self.production.stage("evaluation", section, self.features_stage.key, code=EVALUATION_CODE)
-
     def stages(self) -> list[Stage]:
         """All stages of the recipe, in order."""
-        found = [self.table_stage, *self.generation.stages(), self.encoder_stage]
-        if self.recipe.evaluate:
-            evaluations = [self.evaluation_stage(index) for index in range(len(self.recipe.evaluate))]
-            found += [self.features_stage, *evaluations]
-        return found
+        before = [self.table_stage, *self.generation.stages(), self.encoder_stage]
+        return [*before, *self.evaluation.stages()]
 
     @cached_property
     def table(self) -> ImageTable:
@@ -160,46 +144,6 @@ class Pipeline:
         """The loss of every logged step of the pre-training."""
         return self.encoder_stage.folder / "metrics.jsonl"
 
-    @cached_property
-    def features(self) -> np.ndarray:
-        """Features (N, F) float32 of all rows of the table."""
-        stage, rows = self.features_stage, np.arange(len(self.table))
-
-        def make(_: Path) -> None:
-            views = self.recipe.views
-            found = extract(self.encoder, self.table, rows, views.size, views.border, quiet=self.quiet)
-            save_features(stage.product, found)
-
-        self.production.finish(stage, make)
-        return load_features(stage.product)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The result of every evaluation of the recipe, also written beside the report; those of evaluations
-        that the recipe no longer has are removed from there."""
-        results: list[dict[str, Any]] = []
-        for file in self.folder.glob("*-*.json"):
-            if file.stem not in {settings.label for settings in self.recipe.evaluate}:
-                file.unlink()
-        for index, settings in enumerate(self.recipe.evaluate):
-            stage = self.evaluation_stage(index)
-
-            def make(folder: Path, settings: Any = settings, product: Path = stage.product) -> None:
-                found, scores = evaluate(settings, self.features, self.table)
-                save_scores(folder / "scores.npz", scores)
-                made_by = {"encoder": self.encoder_stage.key, "git": git_state()}
-                write_json(product, [{**result, **made_by} for result in found])
-
-            self.production.finish(stage, make)
-            found = [{**result, "train_seed": self.recipe.train.seed} for result in read_json(stage.product)]
-            write_json(self.folder / f"{settings.label}.json", found)
-            results += found
-        return results
-
-    def scores(self, index: int) -> dict[str, np.ndarray]:
-        """The test scores behind evaluation `index`, for paired comparisons: see `evaluations.evaluate`."""
-        self.evaluations()
-        return load_scores(self.evaluation_stage(index).folder / "scores.npz")
-
     def run(self) -> list[dict[str, Any]]:
         """Everything, and the run folder's records. Returns the evaluation results."""
         self.table  # noqa: B018  bad data is refused before anything is written into the run folder
@@ -210,7 +154,7 @@ class Pipeline:
         if self.recipe.audit is not None:  # a poor bank is known before hours of training
             self.generation.audited()
         self.objective  # noqa: B018  trained also when nothing is evaluated
-        results = self.evaluations()
+        results = self.evaluation.results()
         for stage in self.stages():  # what was not even opened, because what follows from it was there
             self.production.note(stage, reused=True)
         write_json(self.folder / "stages.json", self.production.used)

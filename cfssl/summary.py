@@ -96,7 +96,7 @@ def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
         for name, job in others:
             labels = [entry.label for entry in job.recipe.evaluate]
             if settings.label in labels and job.table.fingerprint == first.table.fingerprint:
-                arms = job.scores(labels.index(settings.label)), first.scores(index)
+                arms = job.evaluation.scores(labels.index(settings.label)), first.evaluation.scores(index)
                 found += [
                     {"name": f"{name} {MINUS} {reference}", **entry}
                     for entry in differences_of(settings, first.table, *arms)
@@ -110,7 +110,7 @@ def differences_of(
     arrays: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """The scores `arrays` minus those of `reference`, both as `Pipeline.scores` returns them."""
+    """The scores `arrays` minus those of `reference`, both as `Evaluation.scores` returns them."""
     fraction, seed = max(settings.fractions), settings.seeds[0]
     subset = f"scores-{fraction:g}-{seed}"
     if subset not in arrays:

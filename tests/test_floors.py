@@ -27,7 +27,7 @@ FLOORS = [
     {"experiment"},
     {"recipe"},
     {"agreement", "production"},
-    {"generation"},
+    {"generation", "evaluation"},
     {"pipeline"},
     {"check", "sheets"},
     {"summary"},

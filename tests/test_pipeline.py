@@ -242,7 +242,7 @@ def test_features_are_those_of_the_encoder_in_eval_mode(done: Pipeline) -> None:
     images = torch.from_numpy(done.table.images.read(np.arange(4)).astype(np.float32) / 255)
     with torch.no_grad():
         torch.testing.assert_close(
-            done.encoder.eval()(images).numpy(), np.array(done.features[:4]), rtol=1e-3, atol=1e-4
+            done.encoder.eval()(images).numpy(), np.array(done.evaluation.features[:4]), rtol=1e-3, atol=1e-4
         )
 
 
@@ -261,7 +261,7 @@ def test_results_of_evaluations_that_the_recipe_no_longer_has_are_removed(
     probe = {"name": "linear_probe", "target": "sex", "resamples": 50}
     changed = job(tmp_path / "runs", evaluate=[probe])
     assert (changed.folder / "knn-disease.json").exists()
-    changed.evaluations()
+    changed.evaluation.results()
     assert {file.name for file in changed.folder.glob("*-*.json")} == {"linear_probe-sex.json"}
 
 

@@ -69,7 +69,7 @@ def test_arms_side_by_side_show_every_value_of_their_results(
     arms = two_arms(runs)
     text = compare(arms, runs / "both", "Two arms").read_text()
     for arm in arms.values():
-        (result,) = arm.evaluations()
+        (result,) = arm.evaluation.results()
         print_result(result)
         printed = capsys.readouterr().out
         for row in result["groups"]["scanner"]["table"].values():
@@ -81,7 +81,7 @@ def test_arms_side_by_side_show_every_value_of_their_results(
 def test_every_other_arm_is_compared_with_the_first_on_the_same_test_rows(runs: Path) -> None:
     arms = two_arms(runs)
     found = differences(arms)
-    first, other = (arm.scores(0) for arm in arms.values())
+    first, other = (arm.evaluation.scores(0) for arm in arms.values())
     table = arms["CF"].table
     test = table.frame.iloc[first["row"]]
     scanner, patients = test["scanner"].to_numpy(), test["patient"].to_numpy()
