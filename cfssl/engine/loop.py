@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -23,7 +23,7 @@ from cfssl.engine.guard import GradientGuard
 from cfssl.engine.meter import Meter
 from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, torch_threads
-from cfssl.engine.schedules import warmup_cosine
+from cfssl.engine.schedules import cosine, warmup_cosine
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
 from cfssl.settings import STRICT, AboveOne, BelowOne, Count, NonNegative, Positive, Probability
@@ -34,6 +34,14 @@ class Task(Protocol):
 
     def __call__(self, batch: Any, step: int) -> dict[str, torch.Tensor]: ...
     def after_step(self, step: int) -> None: ...
+
+
+@runtime_checkable
+class GradientTask(Task, Protocol):
+    """A task that looks at its gradients when those of all micro-batches are there, before they are clipped.
+    A parameter whose gradient it sets to None is left alone by the optimiser, weight decay included."""
+
+    def before_step(self, step: int) -> None: ...
 
 
 class StepData(Protocol):
@@ -47,9 +55,10 @@ class StepData(Protocol):
 class TrainSettings:
     """AdamW with linear warm-up and cosine decay. `batch` images per optimiser step, in `accumulate` equal
     micro-batches whose gradients are averaged. `warmup`: share of all steps. Weight decay spares biases and
-    norm scales. `clip`: maximal gradient norm. `skip_factor`: skip steps whose norm exceeds this many running
-    medians (see guard.py); such a step, or one that is not finite while clip or skip_factor is given,
-    leaves everything as it was. `seed`: of weights, order, views and noise."""
+    norm scales; half a cosine takes it to `final_weight_decay` (None: it stays). `clip`: maximal gradient
+    norm. `skip_factor`: skip steps whose norm exceeds this many running medians (see guard.py); such a step,
+    or one that is not finite while clip or skip_factor is given, leaves everything as it was. `seed`: of
+    weights, order, views and noise."""
 
     epochs: Count = 50
     batch: Count = 256
@@ -58,6 +67,7 @@ class TrainSettings:
     lr: Positive = 1e-3
     final_lr_share: Probability = 0.0
     weight_decay: NonNegative = 1e-2
+    final_weight_decay: NonNegative | None = None
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     warmup: Probability = 0.05
     clip: Positive | None = None
@@ -127,8 +137,11 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
     with bar, torch.random.fork_rng(), torch_threads(hardware.threads):
         for step, (micro_batches, waited) in zip(range(step, last), batches, strict=True):  # noqa: B020
             lr = warmup_cosine(step, steps, settings.lr, settings.lr * settings.final_lr_share, warmup)
+            decay = settings.weight_decay
+            if settings.final_weight_decay is not None:
+                decay = cosine(step, steps, decay, settings.final_weight_decay)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"], group["weight_decay"] = lr, decay * group["decayed"]
             # Layers that draw from the global generator (dropout) get a stream that is a function of seed and
             # step.
             torch.manual_seed(derive_seed(settings.seed, "step", step))
@@ -139,6 +152,8 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
                     parts = model(fabric.to_device(batch), step)
                     fabric.backward(parts["loss"] / len(micro_batches))
                 found.append({name: value.detach() for name, value in parts.items()})
+            if isinstance(task, GradientTask):
+                task.before_step(step)
             taken = True
             if guarded:
                 # Clips in place; takes the loss scale out of the gradients first.
@@ -180,11 +195,14 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
 
 def weight_decay_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices and kernels with weight decay, vectors (biases, norm scales) and scalars
-    without."""
+    without; `decayed` says which, for the schedule."""
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     spared = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "decayed": True},
+        {"params": spared, "weight_decay": 0.0, "decayed": False},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -4,11 +4,11 @@ import functools
 
 
 @functools.cache
-def _lightly_cosine():  # type: ignore[no-untyped-def]
+def _lightly():  # type: ignore[no-untyped-def]
     # A heavy import, only where something is trained.
-    from lightly.utils.scheduler import cosine_warmup_schedule
+    from lightly.utils import scheduler
 
-    return cosine_warmup_schedule
+    return scheduler
 
 
 def warmup_cosine(step: int, steps: int, peak: float, final: float = 0.0, warmup: int = 0) -> float:
@@ -21,7 +21,7 @@ def warmup_cosine(step: int, steps: int, peak: float, final: float = 0.0, warmup
     if steps == 1:
         return peak
     warmup = min(warmup, steps - 1)
-    value = _lightly_cosine()(
+    value = _lightly().cosine_warmup_schedule(
         step=step,
         max_steps=steps,
         start_value=peak,
@@ -30,6 +30,12 @@ def warmup_cosine(step: int, steps: int, peak: float, final: float = 0.0, warmup
         warmup_start_value=0.0,
     )
     return float(value)
+
+
+def cosine(step: int, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 to `end` at the last of `steps`; a run of one step takes it at
+    `end`."""
+    return float(_lightly().cosine_schedule(step, steps, start, end))
 
 
 def linear(step: int, steps: int, start: float, end: float) -> float:

@@ -360,6 +360,44 @@ def test_metrics_survive_when_forgetting_is_interrupted(
     assert [line["step"] for line in read_metrics(run.metrics_path)] == [0, 1, 2]
 
 
+def test_weight_decay_follows_its_schedule_and_matrices_alone_follow_it(tmp_path: Path) -> None:
+    """Without gradients AdamW decays alone: the product of 1 - lr * decay over the steps."""
+
+    class Still(Regression):
+        def before_step(self, step: int) -> None:
+            for parameter in self.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+    start = Still().state_dict()
+    steps = {"data": Numbers(steps=5), "warmup": 0.0, "final_lr_share": 1.0, "lr": 0.1}
+    for final, decays in ((None, [0.5] * 5), (0.1, [0.5, 0.4414214, 0.3, 0.1585786, 0.1])):
+        task = train(tmp_path / str(final), task=Still(), weight_decay=0.5, final_weight_decay=final, **steps)
+        shrunk = math.prod(1 - 0.1 * decay for decay in decays)
+        torch.testing.assert_close(task.net[0].weight, shrunk * start["net.0.weight"])
+        assert torch.equal(task.net[0].bias, start["net.0.bias"])
+
+
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_a_layer_whose_gradient_is_taken_away_stays_as_it_is_while_it_is(
+    tmp_path: Path, clip: float | None
+) -> None:
+    class Frozen(Regression):
+        def before_step(self, step: int) -> None:
+            assert self.net[4].weight.grad is not None  # those of all micro-batches are there
+            if step < 20:
+                self.net[4].weight.grad = None
+
+    options = {"clip": clip, "skip_factor": None, "weight_decay": 0.1, "data": Numbers(parts=4)}
+    start = Frozen().net[4].weight
+    for stop in (20, 21):
+        task = train(tmp_path, task=Frozen(), stop_at=stop, **options)
+        assert torch.equal(task.net[4].weight, start) == (stop == 20)
+        assert not torch.equal(task.net[0].weight, Frozen().net[0].weight)
+    assert same_weights(
+        train(tmp_path, task=Frozen(), **options), train(tmp_path / "whole", task=Frozen(), **options)
+    )
+
+
 def test_weight_decay_spares_vectors_and_every_parameter_is_in_one_group() -> None:
     task = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     decayed, spared = weight_decay_groups(task, 0.1)
