@@ -9,7 +9,12 @@ import numpy as np
 
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError
-from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.groups import (
+    paired_difference,
+    paired_gap,
+    paired_mean_of_groups,
+    paired_worst_group,
+)
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
@@ -88,8 +93,8 @@ def curves_caption(jobs: Sequence[Pipeline]) -> str:
 
 def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
     """Every other arm minus the first, paired on the test rows, for each evaluation that both have: overall,
-    the mean over the groups and the worst group of every grouping. With the largest label fraction and the
-    first seed of its subset."""
+    the mean over the groups, the worst group and the gap of every grouping. With the largest label fraction
+    and the first seed of its subset."""
     (reference, first), *others = jobs.items()
     found = []
     for index, settings in enumerate(first.recipe.evaluate):
@@ -127,6 +132,9 @@ def differences_of(
                 y, *arms, labels, worst["groups"], patients=patients, resamples=resamples
             )
         found[f"each arm's worst {grouping}"] = worst
+        found[f"gap between each arm's best and worst {grouping}"] = paired_gap(
+            y, *arms, labels, patients=patients, resamples=resamples
+        )
     labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
     what = f"{titled(settings.name)} of {settings.target}{labels_used}"
     return [{"of": f"{what}, {where}", "unit": "AUC", **entry} for where, entry in found.items()]

@@ -10,7 +10,12 @@ import pytest
 
 from cfssl.demo import run_demo
 from cfssl.errors import UserError
-from cfssl.evaluate.groups import paired_difference, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.groups import (
+    paired_difference,
+    paired_gap,
+    paired_mean_of_groups,
+    paired_worst_group,
+)
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
@@ -91,12 +96,13 @@ def test_every_other_arm_is_compared_with_the_first_on_the_same_test_rows(runs: 
         "all": paired_difference(*scores, **options),
         "mean over scanner A, B, C, D": paired_mean_of_groups(*scores, scanner, list("ABCD"), **options),
         "each arm's worst scanner": paired_worst_group(*scores, scanner, **options),
+        "gap between each arm's best and worst scanner": paired_gap(*scores, scanner, **options),
     }
     assert [entry["of"].split("disease, ")[1] for entry in found] == list(expected)
     for entry, difference in zip(found, expected.values(), strict=True):
         assert entry["name"] == "plus − CF"
         assert difference.items() <= entry.items()
-    assert len({entry["value"] for entry in found}) == 3
+    assert len({entry["value"] for entry in found}) == 4
     text = compare(arms, runs / "paired", "Two arms").read_text()
     for entry in found:
         shown = [f"{entry[key]:+.3f}".replace("-", "−") for key in ("value", "low", "high")]
@@ -117,7 +123,7 @@ def test_images_of_a_patient_count_as_one_in_every_difference() -> None:
         table: Any = SimpleNamespace(group=group, frame=frame)
         arrays = [{"row": np.arange(400), "y": y, "scores-1-0": scores} for scores in (one, two)]
         widths.append([entry["high"] - entry["low"] for entry in differences_of(settings, table, *arrays)])
-    np.testing.assert_allclose(np.divide(*widths[::-1]), [2, 2, 2], rtol=0.25)
+    np.testing.assert_allclose(np.divide(*widths[::-1]), [2, 2, 2, 2], rtol=0.25)
 
 
 def test_an_evaluation_that_only_one_arm_has_is_not_compared(runs: Path) -> None:

@@ -158,6 +158,14 @@ def percentiles(draws: np.ndarray) -> dict[str, float | None]:
     return {"low": float(low), "high": float(high)}
 
 
+def basic(value: float, draws: np.ndarray) -> dict[str, float | None]:
+    """The basic interval, 2 value - quantiles (Davison and Hinkley 1997, section 5.2), of a figure that is
+    not negative and that resampling raises as sampling did: the percentiles would lie above the truth, and
+    often above the value. The value stays inside."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"low": max(0.0, 2 * value - float(high)), "high": max(value, 2 * value - float(low))}
+
+
 def welch_satterthwaite(of_seeds: np.ndarray, row_variance: float) -> dict[str, float | None]:
     """The interval of the mean of `of_seeds` (S,); see `paired`."""
     count, df = len(of_seeds), None

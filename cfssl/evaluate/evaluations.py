@@ -8,9 +8,10 @@ label subsets.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from scipy.special import expit
 
 from cfssl.data.table import SPLITS, ImageTable
 from cfssl.errors import UserError, quoted
@@ -21,7 +22,7 @@ from cfssl.evaluate.probe import linear_probe, subset_labels
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.files import atomic_path
 
-METRICS: tuple[MetricName, ...] = ("auc", "average_precision", "balanced_accuracy", "macro_f1")
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 
 def lacking(table: ImageTable, target: str) -> list[str]:
@@ -82,7 +83,16 @@ def evaluate(
                 len(attribute.categories),
             )
             arrays[f"scores-{fraction:g}-{seed}"] = scores
-            found = report(y["test"], scores, groups, METRICS, patients, settings.resamples, seed=0)
+            found = report(
+                y["test"],
+                scores,
+                groups,
+                METRICS,
+                patients,
+                settings.resamples,
+                seed=0,
+                probabilities=probabilities(settings.name, scores),
+            )
             intervals = f"95 %, percentile bootstrap, {settings.resamples} resamples of test {unit}"
             subset = "all labels"
             if fraction < 1:
@@ -129,6 +139,12 @@ def classify(name: str, *data: Any) -> tuple[np.ndarray, dict[str, Any]]:
     votes = knn(*data)
     how = {"classifier": f"cosine kNN, votes weighted by softmax(similarity / {TEMPERATURE})"}
     return votes.scores, how | choice_of("k", votes.k, votes.table)
+
+
+def probabilities(name: str, scores: np.ndarray) -> np.ndarray:
+    """(n, classes) of the `scores` of an evaluation: votes are shares already, log-odds become those of the
+    softmax or sigmoid they came from."""
+    return scores if name == "knn" else expit(scores)
 
 
 def choice_of(setting: str, chosen: float, grid: Sequence[dict[str, Any]]) -> dict[str, Any]:

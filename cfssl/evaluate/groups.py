@@ -6,14 +6,15 @@ overall figure, every group and both methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cfssl.errors import UserError
-from cfssl.evaluate.bootstrap import LEVEL, figure, paired, resampled
-from cfssl.evaluate.metrics import METRICS, Metric, MetricName
+from cfssl.evaluate.bootstrap import LEVEL, basic, figure, paired, resampled
+from cfssl.evaluate.metrics import METRICS, OF_PROBABILITIES, Metric, MetricName
 
 MISSING = "(missing)"  # the group of rows without a label; listed, but neither worst nor part of the gap
 
@@ -26,6 +27,7 @@ def report(
     patients: np.ndarray | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    probabilities: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Every metric overall and in every group of every grouping:
 
@@ -38,16 +40,21 @@ def report(
     that lacks a class has value null and a `reason`. Resamples that lack one are left out of its interval;
     where they are more than half, the interval is null with a reason. `gap` is the highest minus the lowest
     group's value; its interval belongs to these two groups, because choosing the extremes anew in every
-    resample would push it above the value. Raises UserError for unknown metrics and without rows.
+    resample would push it above the value. `probabilities` (n, classes): for the metrics of
+    `OF_PROBABILITIES`. The interval of a calibration error is the basic one. Raises UserError for unknown
+    metrics and without rows.
     """
     y, scores = checked(y, scores)
-    chosen = [_metric(name) for name in metrics]
+    chosen = [
+        (_metric(name), _probabilities(name, y, probabilities) if name in OF_PROBABILITIES else scores)
+        for name in metrics
+    ]
     members = {grouping: _members(labels, len(y), grouping) for grouping, labels in groups.items()}
     subsets = [np.arange(len(y)), *(rows for table in members.values() for rows in table.values())]
 
     def of_all(weights: np.ndarray) -> np.ndarray:
         return np.array(
-            [[metric(y[rows], scores[rows], weights[:, rows]) for metric in chosen] for rows in subsets]
+            [[metric(y[rows], of[rows], weights[:, rows]) for metric, of in chosen] for rows in subsets]
         )
 
     values, draws = resampled(of_all, len(y), patients, resamples, seed)  # (subsets, metrics[, resamples])
@@ -57,7 +64,9 @@ def report(
         counts = np.bincount(y[rows], minlength=scores.shape[1]).tolist()
         result: dict[str, Any] = {"n": len(rows), "positives": counts[1] if len(counts) == 2 else counts}
         for index, name in enumerate(metrics):
-            result[name] = figure(float(values[subset, index]), draws[subset, index], _absent(counts))
+            value = float(values[subset, index])
+            interval = partial(basic, value) if name == "calibration_error" else None
+            result[name] = figure(value, draws[subset, index], _absent(counts), interval)
         return result
 
     result: dict[str, Any] = {
@@ -78,7 +87,7 @@ def report(
         for index, name in enumerate(metrics):
             of_metric = {group: draws[subset, index] for group, subset in place.items()}
             worst[name], gap[name] = _extremes(
-                {group: rows[group][name]["value"] for group in rows}, of_metric
+                {group: rows[group][name]["value"] for group in rows}, of_metric, name in OF_PROBABILITIES
             )
         result["groups"][grouping] = {"table": rows, "worst": worst, "gap": gap}
     return result
@@ -144,18 +153,50 @@ def paired_worst_group(
     partly an unlucky draw of b, which a does not share, so a seems to gain though the arms are equal.
     "groups" lists the groups that were searched: those that hold every class, without rows that lack a label.
     """
-    classes = len(np.unique(y))
-    found = {
-        name: rows
-        for name, rows in _members(labels, len(y), "labels").items()
-        if name != MISSING and len(np.unique(y[rows])) == classes
-    }
+    found = _with_every_class(y, labels)
     if not found:
-        reason = "no group holds every class"
-        return {"value": None, "low": None, "high": None, "reason": reason, "seeds": [], "groups": []}
+        return _nothing("no group holds every class")
     subsets = list(found.values())
     difference = _difference(y, scores_a, scores_b, subsets, np.min, metric, patients, resamples, seed)
     return {**difference, "groups": list(found)}
+
+
+def paired_gap(
+    y: np.ndarray,
+    scores_a: np.ndarray | Sequence[np.ndarray],
+    scores_b: np.ndarray | Sequence[np.ndarray],
+    labels: np.ndarray,
+    metric: MetricName = "auc",
+    patients: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As `paired_difference`, of the disparity: the gap between the highest and the lowest group of a minus
+    that of b, e.g. the change of |AUC_M - AUC_F|; below 0 where a treats the groups more alike. Each arm's
+    own extremes, found anew for every seed and in every resample.
+
+    A gap is never negative, so noise adds to it: in small groups both arms' gaps are too wide, and the
+    difference of two gaps is too small where one arm has none. "groups" as in `paired_worst_group`.
+    """
+    found = _with_every_class(y, labels)
+    if len(found) < 2:
+        return _nothing("fewer than two groups hold every class")
+    subsets = list(found.values())
+    difference = _difference(y, scores_a, scores_b, subsets, np.ptp, metric, patients, resamples, seed)
+    return {**difference, "groups": list(found)}
+
+
+def _with_every_class(y: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of the groups that hold every class, without rows that lack a label."""
+    classes = len(np.unique(y))
+    members = _members(labels, len(y), "labels")
+    return {
+        name: rows for name, rows in members.items() if name != MISSING and len(np.unique(y[rows])) == classes
+    }
+
+
+def _nothing(reason: str) -> dict[str, Any]:
+    return {"value": None, "low": None, "high": None, "reason": reason, "seeds": [], "groups": []}
 
 
 def _difference(
@@ -180,6 +221,8 @@ def _difference(
     arms = [[checked(y, scores)[1] for scores in arm] for arm in arms]
     y = checked(y, arms[0][0])[0]
     metric = _metric(metric_name)
+    if metric_name in OF_PROBABILITIES:
+        arms = [[_probabilities(metric_name, y, scores) for scores in arm] for arm in arms]
 
     def differences(weights: np.ndarray) -> np.ndarray:
         """(R, n) -> (seeds, R): a minus b."""
@@ -200,20 +243,22 @@ def _absent(counts: Sequence[int]) -> str:
 
 
 def _extremes(
-    values: Mapping[str, float | None], draws: Mapping[str, np.ndarray]
+    values: Mapping[str, float | None], draws: Mapping[str, np.ndarray], less_is_better: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The group with the lowest value, and the gap to the highest; null where too few groups have a value."""
+    """The worst group, and the gap between the lowest and the highest; null where too few groups have a
+    value."""
     known = {group: value for group, value in values.items() if value is not None and group != MISSING}
     if not known:
         return None, None
     low = min(known, key=known.__getitem__)
     # Searched from the other end, so that equal groups still make a pair.
     high = max(reversed(known), key=known.__getitem__)
-    worst = {"group": low, "value": known[low]}
+    best, worst = (low, high) if less_is_better else (high, low)
+    named = {"group": worst, "value": known[worst]}
     if len(known) == 1:
-        return worst, None
+        return named, None
     gap = figure(known[high] - known[low], draws[high] - draws[low], "no value")
-    return worst, {**gap, "best": high, "worst": low}
+    return named, {**gap, "best": best, "worst": worst}
 
 
 def _members(labels: np.ndarray, count: int, where: str) -> dict[str, np.ndarray]:
@@ -246,6 +291,16 @@ def checked(y: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if y.min() < 0 or y.max() >= scores.shape[1]:
         raise ValueError(f"classes run from {y.min()} to {y.max()}, expected 0 to {scores.shape[1] - 1}")
     return y.astype(np.int64), scores
+
+
+def _probabilities(name: str, y: np.ndarray, probabilities: np.ndarray | None) -> np.ndarray:
+    """(n, classes) float64. Raises ValueError unless they are given, from 0 to 1, and sum to 1."""
+    if probabilities is None:
+        raise ValueError(f"{name} is a metric of probabilities, and there are none")
+    found = checked(y, probabilities)[1]
+    if found.min() < 0 or not np.allclose(found.sum(1), 1, atol=1e-6):
+        raise ValueError(f"{name} is a metric of probabilities, and the rows given do not sum to 1")
+    return found
 
 
 def _metric(name: MetricName) -> Metric:

@@ -1,11 +1,12 @@
 """Metrics of classification, computed for many resamples at once.
 
 What enters: classes y (n,), scores (n, classes), higher meaning likelier, and `weights` (R, n): how often
-each row counts in each of R resamples. What leaves: one figure per resample (R,), NaN where a class is absent
-from the resample: figures over different sets of classes cannot be compared, so one rule holds for all four.
-Sorting is done once; a resample costs a cumulative sum.
+each row counts in each of R resamples. Metrics `OF_PROBABILITIES` take probabilities (n, classes) in the
+place of scores. What leaves: one figure per resample (R,), NaN where a class is absent from the resample:
+figures over different sets of classes cannot be compared, so one rule holds for all. Sorting is done once; a
+resample costs a cumulative sum.
 
-With integer weights every figure equals scikit-learn's on the repeated rows (the tests' oracle).
+With integer weights every figure equals that of the repeated rows (the tests' oracle is scikit-learn).
 """
 
 from collections.abc import Callable
@@ -13,8 +14,12 @@ from typing import Literal
 
 import numpy as np
 
-MetricName = Literal["auc", "average_precision", "balanced_accuracy", "macro_f1"]
+MetricName = Literal[
+    "auc", "average_precision", "balanced_accuracy", "macro_f1", "brier", "calibration_error"
+]
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+BINS = 10  # of equal mass; more make the calibration error of some hundred rows mostly noise
 
 
 def auc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -42,12 +47,47 @@ def macro_f1(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarr
     return np.where((confusion.sum(2) > 0).all(1), f1.mean(1), np.nan)
 
 
+def brier(y: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean squared distance of the probability of class 1 from what it was, 0 to 1; for more classes the sum
+    over all of them, 0 to 2 (Brier 1950)."""
+    missed = np.square(probabilities - np.eye(probabilities.shape[1])[y])
+    of_rows = missed[:, 1] if probabilities.shape[1] == 2 else missed.sum(1)
+    return _where_all_classes(y, probabilities, weights, weights @ of_rows / _total(weights))
+
+
+def calibration_error(y: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Expected calibration error: the mean over `BINS` bins of equal mass of |frequency - mean probability|,
+    of class 1, or for more classes of the likeliest class (Guo et al. 2017; equal mass as Nixon et al. 2019).
+
+    Rows with the same probability are one level, whose mass is divided where the edge of a bin falls into it.
+    An estimate from n rows lies above the truth, by most (about .25 sqrt(BINS / n)) where there is no error.
+    """
+    is_binary = probabilities.shape[1] == 2
+    confidence = probabilities[:, 1] if is_binary else probabilities.max(1)
+    happened = y == (1 if is_binary else probabilities.argmax(1))
+    hits, misses = _by_level(happened, confidence, weights)  # (R, levels), ascending
+    mass = hits + misses
+    excess = (hits - mass * np.unique(confidence)).cumsum(1)  # of events over what was expected so far
+    upto = mass.cumsum(1)
+    at_edges = np.array(
+        [
+            np.interp(np.linspace(0, last[-1], BINS + 1), np.r_[0, last], np.r_[0, of])
+            for last, of in zip(upto, excess, strict=True)
+        ]
+    )  # (R, BINS + 1)
+    error = np.abs(np.diff(at_edges)).sum(1) / _total(weights)
+    return _where_all_classes(y, probabilities, weights, error)
+
+
 METRICS: dict[MetricName, Metric] = {
     "auc": auc,
     "average_precision": average_precision,
     "balanced_accuracy": balanced_accuracy,
     "macro_f1": macro_f1,
+    "brier": brier,
+    "calibration_error": calibration_error,
 }
+OF_PROBABILITIES = frozenset({"brier", "calibration_error"})  # of which less is better
 
 
 def once(metric: Metric, y: np.ndarray, scores: np.ndarray) -> float:
@@ -88,6 +128,17 @@ def _by_level(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> t
     sorted_weights = weights[:, order].astype(np.float64)
     hits = np.add.reduceat(sorted_weights * positive[order], starts, axis=1)
     return hits, np.add.reduceat(sorted_weights, starts, axis=1) - hits
+
+
+def _total(weights: np.ndarray) -> np.ndarray:
+    return np.maximum(weights.sum(1), 1e-300)
+
+
+def _where_all_classes(
+    y: np.ndarray, scores: np.ndarray, weights: np.ndarray, figures: np.ndarray
+) -> np.ndarray:
+    """`figures` (R,), NaN where a class is absent."""
+    return np.where((weights @ np.eye(scores.shape[1])[y] > 0).all(1), figures, np.nan)
 
 
 def _confusion(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ TITLES = {
     "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
+    "brier": "Brier score",
+    "calibration_error": "expected calibration error",
 }
 DASH, MINUS = "—", "−"
 
@@ -227,7 +229,7 @@ def group_table(
     if grouping is not None:
         table = reference["groups"][grouping]["table"]
         columns += [(group, size(row)) for group, row in table.items()]
-        columns += [(f"worst {grouping}", ()), ("gap", ("best minus", "worst"))]
+        columns += [(f"worst {grouping}", ()), ("gap", ("highest minus", "lowest"))]
     rows: list[tuple[str, Sequence[Cell]]] = []
     for arm in arms:
         if arm not in results:

@@ -12,9 +12,9 @@ from sklearn.metrics import roc_auc_score
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import SPLITS, Attribute, ImageTable
 from cfssl.errors import UserError
-from cfssl.evaluate.evaluations import METRICS, choice_of, evaluate
+from cfssl.evaluate.evaluations import METRICS, choice_of, evaluate, probabilities
 from cfssl.evaluate.knn import knn
-from cfssl.evaluate.probe import linear_probe, subset_labels
+from cfssl.evaluate.probe import linear_probe, log_odds, subset_labels
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.seeds import numpy_generator
 
@@ -177,3 +177,13 @@ def test_a_choice_at_either_end_of_its_grid_is_flagged() -> None:
     grid = [{"k": 5, "auc": 0.7}, {"k": 10, "auc": 0.8}, {"k": 20, "auc": 0.6}]
     flags = [choice_of("k", chosen, grid)["k_at_edge_of_grid"] for chosen in (5, 10, 20)]
     assert flags == [True, False, True]
+
+
+def test_probabilities_are_those_that_the_scores_were_made_from() -> None:
+    rng = numpy_generator("decisions")
+    for decision in (rng.normal(size=(50, 3)), rng.normal(size=50)):
+        softmax = np.exp(decision if decision.ndim == 2 else np.stack([0 * decision, decision], axis=1))
+        softmax /= softmax.sum(1, keepdims=True)
+        np.testing.assert_allclose(probabilities("linear_probe", log_odds(decision)), softmax)
+    votes = np.array([[0.0, 1.0], [0.25, 0.75]])
+    np.testing.assert_array_equal(probabilities("knn", votes), votes)

@@ -6,21 +6,23 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from scipy.stats import norm
 from sklearn import metrics as sk
 
 from cfssl.errors import UserError
+from cfssl.evaluate.bootstrap import basic, welch_satterthwaite
 from cfssl.evaluate.bootstrap import weights as bootstrap_weights
-from cfssl.evaluate.bootstrap import welch_satterthwaite
 from cfssl.evaluate.groups import (
     MISSING,
     paired_difference,
+    paired_gap,
     paired_mean_of_groups,
     paired_worst_group,
     report,
 )
-from cfssl.evaluate.metrics import METRICS, once
+from cfssl.evaluate.metrics import BINS, METRICS, OF_PROBABILITIES, once
 from cfssl.seeds import numpy_generator
 
 
@@ -53,7 +55,23 @@ def reference(name: str, y: np.ndarray, scores: np.ndarray) -> float:
         return sk.average_precision_score(y, binary_scores)
     if name == "balanced_accuracy":
         return sk.balanced_accuracy_score(y, decided)
+    if name == "brier":
+        return sk.brier_score_loss(y, binary_scores, labels=range(scores.shape[1]))
+    if name == "calibration_error":
+        return calibration_error_of_parts(y, scores)
     return sk.f1_score(y, decided, average="macro", labels=range(scores.shape[1]), zero_division=0)
+
+
+def calibration_error_of_parts(y: np.ndarray, scores: np.ndarray) -> float:
+    """Every row cut into `BINS` equal parts, so that n parts fill each bin exactly; of rows with the same
+    probability, parts are dealt out in turn."""
+    confidence = scores[:, 1] if scores.shape[1] == 2 else scores.max(1)
+    event = y == 1 if scores.shape[1] == 2 else y == scores.argmax(1)
+    _, level = np.unique(confidence, return_inverse=True)
+    event = (np.bincount(level, event) / np.bincount(level))[level]  # a level is one mixture
+    order = np.argsort(confidence, kind="stable")
+    excess = np.repeat((event - confidence)[order], BINS).reshape(BINS, len(y))
+    return np.abs(excess.sum(1)).sum() / (BINS * len(y))
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -77,6 +95,77 @@ def test_metric_is_undefined_where_a_class_is_absent(name):
         figures = METRICS[name](y, scores, weights)
         assert np.isfinite(figures[0])
         assert np.isnan(figures[1])
+
+
+def test_calibration_error_is_that_of_torchmetrics_where_its_bins_hold_equal_mass():
+    """Equal width and equal mass are the same bins for probabilities spread evenly, 7 in each."""
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    rng = numpy_generator("even")
+    probability = (np.arange(7 * BINS) + 0.5) / (7 * BINS)
+    y = (rng.random(len(probability)) < probability**2).astype(int)
+    scores = np.stack([1 - probability, probability], axis=1)
+    expected = torchmetrics.binary_calibration_error(torch.tensor(probability), torch.tensor(y), n_bins=BINS)
+    assert once(METRICS["calibration_error"], y, scores) == pytest.approx(float(expected), abs=1e-6)
+    assert float(expected) > 0.1
+
+
+def test_calibration_error_has_its_closed_form_of_one_probability_and_of_a_sure_forecaster():
+    y = (np.arange(100) < 30).astype(int)
+    alike = np.tile([0.5, 0.5], (100, 1))
+    assert once(METRICS["calibration_error"], y, alike) == pytest.approx(0.2)
+    assert once(METRICS["calibration_error"], y, np.eye(2)[y]) == 0
+    assert once(METRICS["calibration_error"], y, np.eye(2)[1 - y]) == pytest.approx(1)
+    assert once(METRICS["brier"], y, alike) == pytest.approx(0.25)
+    three = np.r_[y, 2]
+    assert once(METRICS["brier"], three, np.eye(3)[(three + 1) % 3]) == pytest.approx(2)
+
+
+def test_of_metrics_of_probabilities_the_highest_group_is_the_worst():
+    y, scores, scanner = scanners()
+    grouping = report(y, scores, {"scanner": scanner}, ["auc", "brier"], resamples=50, probabilities=scores)[
+        "groups"
+    ]["scanner"]
+    values = {group: row["brier"]["value"] for group, row in grouping["table"].items()}
+    gap = grouping["gap"]["brier"]
+    assert grouping["worst"]["brier"]["group"] == gap["worst"] == max(values, key=values.get)
+    assert gap["best"] == min(values, key=values.get)
+    assert gap["value"] == pytest.approx(max(values.values()) - min(values.values()))
+    assert gap["low"] < gap["value"] < gap["high"]
+
+
+def test_metrics_of_probabilities_refuse_scores():
+    y, scores = binary(20)
+    with pytest.raises(ValueError, match="and there are none"):
+        report(y, scores, {}, ["brier"])
+    with pytest.raises(ValueError, match="do not sum to 1"):
+        report(y, scores, {}, ["brier"], probabilities=np.log(scores))
+    with pytest.raises(ValueError, match="do not sum to 1"):
+        paired_difference(y, np.log(scores), scores, "calibration_error")
+
+
+def test_interval_of_a_calibration_error_covers_the_truth_where_there_is_one():
+    """Twice the log odds: the population's error over bins of equal mass, by a large sample."""
+
+    def draw(rng, count):
+        logit = 1.5 * rng.normal(size=count)
+        y = (rng.random(count) < 1 / (1 + np.exp(-logit / 2))).astype(int)
+        return y, two_columns(logit)
+
+    truth = once(METRICS["calibration_error"], *draw(numpy_generator("population"), 400_000))
+    covered, percentiles = 0, 0
+    for trial in range(150):
+        y, scores = draw(numpy_generator("calibration", trial), 400)
+        weights = next(bootstrap_weights(400, None, 150, seed=trial))
+        cell = report(y, scores, {}, ["calibration_error"], resamples=150, seed=trial, probabilities=scores)[
+            "overall"
+        ]["calibration_error"]
+        drawn = METRICS["calibration_error"](y, scores, weights)
+        assert (cell["low"], cell["high"]) == tuple(basic(cell["value"], drawn).values())
+        assert cell["low"] <= cell["value"] <= cell["high"]
+        covered += cell["low"] <= truth <= cell["high"]
+        percentiles += np.quantile(drawn, 0.025) <= truth <= np.quantile(drawn, 0.975)
+    assert covered / 150 >= 0.86
+    assert covered > percentiles
 
 
 def test_auc_counts_ties_half():
@@ -128,7 +217,7 @@ def scanners(count: int = 600):
 
 def test_report_lists_every_group_with_scikit_learns_values_and_finds_worst_and_gap():
     y, scores, scanner = scanners()
-    names = list(METRICS)
+    names = [name for name in METRICS if name not in OF_PROBABILITIES]
     result = report(y, scores, {"scanner": scanner}, names, resamples=100)
     grouping = result["groups"]["scanner"]
     assert list(grouping["table"]) == ["A", "B", "C"]
@@ -397,6 +486,65 @@ def test_equal_arms_have_equal_worst_groups_though_the_worst_group_of_one_favour
     assert abs(np.mean(fair)) < 2.5 * error
     assert np.mean(naive) > 5 * error
     assert np.mean(covered) >= 0.92
+
+
+def gap_of(y, scores, labels, names) -> float:
+    found = [sk.roc_auc_score(y[labels == name], scores[labels == name, 1]) for name in names]
+    return max(found) - min(found)
+
+
+def test_gaps_are_each_arms_own_and_found_anew_in_every_resample():
+    y, a, b = arms(240, seeds=2, lift=0.1)
+    labels = four_groups(240).astype(object)
+    a = [np.where((labels == "A")[:, None], two_columns(0.2 * np.sin(np.arange(240))), one) for one in a]
+    labels[np.flatnonzero(y == 1)[-6:]] = "sick only"
+
+    def gap(rows: np.ndarray, scores: np.ndarray) -> float:
+        return gap_of(y[rows], scores[rows], labels[rows], "ABCD")
+
+    result = paired_gap(y, a, b, labels, resamples=40, seed=2)
+    everything = np.arange(240)
+    per_seed = [gap(everything, one) - gap(everything, two) for one, two in zip(a, b, strict=True)]
+    assert result["seeds"] == pytest.approx(per_seed)
+    assert (result["value"], result["groups"]) == (pytest.approx(np.mean(per_seed)), list("ABCD"))
+    expected = welch_satterthwaite(
+        np.array(per_seed), np.var(differences_of_resamples(y, a, b, None, 40, 2, gap))
+    )
+    assert [result["low"], result["high"]] == pytest.approx([expected["low"], expected["high"]])
+
+
+@pytest.mark.parametrize(("separations", "lifted"), [((1.2, 0.4), 0.4), ((1.2, 0.4), 0.0), ((0.9, 0.9), 0.0)])
+def test_the_interval_of_a_change_of_disparity_has_its_sign_and_covers_the_truth(separations, lifted):
+    """Two groups; arm a sees the second one better by `lifted`, so that its gap is the smaller."""
+    count, members = 400, np.array(["M", "F"])[np.arange(400) // 2 % 2]
+    high, low = separations
+    area = [norm.cdf(one / np.sqrt(2 * 1.25)) for one in (high, low + lifted, low)]
+    truth = abs(area[0] - area[1]) - abs(area[0] - area[2])
+    found = []
+    for trial in range(200):
+        rng = numpy_generator("disparity", trial)
+        y, shared = np.arange(count) % 2, rng.normal(size=count)
+        a, b = (
+            two_columns(
+                shared + 0.5 * rng.normal(size=count) + np.where(members == "M", high, low + more) * y
+            )
+            for more in (lifted, 0.0)
+        )
+        found.append(paired_gap(y, a, b, members, resamples=100, seed=trial))
+    assert np.mean([one["low"] <= truth <= one["high"] for one in found]) >= 0.92
+    values = [one["value"] for one in found]
+    assert abs(np.mean(values) - truth) < 0.01
+    if lifted:
+        assert truth < -0.05
+        assert np.mean([one["high"] < 0 for one in found]) > 0.5
+    assert np.mean([one["low"] > 0 for one in found]) < 0.05
+
+
+def test_a_disparity_needs_two_groups_with_every_class():
+    y, a, b = arms()
+    labels = np.where((np.arange(len(y)) < 20) & (y == 1), "sick", "rest")
+    result = paired_gap(y, a, b, labels, resamples=20)
+    assert (result["value"], result["reason"]) == (None, "fewer than two groups hold every class")
 
 
 def test_no_group_with_every_class_has_no_worst_one():

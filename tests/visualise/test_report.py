@@ -134,7 +134,7 @@ def test_cells_stand_below_their_group_and_beside_their_arm(tmp_path: Path) -> N
         "A n = 60 30 positive",
         "B n = 60 30 positive",
         "worst scanner",
-        "gap best minus worst",
+        "gap highest minus lowest",
     ]
     cells = [entry["overall"], *content["table"].values()]
     expected = [
