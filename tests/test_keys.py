@@ -37,7 +37,10 @@ PHANTOM: dict[str, Any] = {
         "balance": "scanner",
     },
     "bank": {"do": {"scanner": "all"}},
-    "views": {"counterfactual": {"variable": "scanner", "view": [0, 1], "probability": 0.5}},
+    "views": {
+        "counterfactual": {"variable": "scanner", "view": [0, 1], "probability": 0.5},
+        "local": {"size": 32, "count": 4},
+    },
     "objective": {"name": "simclr"},
     "evaluate": [{"name": "knn", "target": "disease"}],
 }
@@ -176,6 +179,7 @@ TOGETHER = {
     "bank.gate",
     "audit",
     "views.counterfactual",
+    "views.local",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}

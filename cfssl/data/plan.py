@@ -1,54 +1,68 @@
 """View plans: which stored image each view shows, real or counterfactual.
 
-This is decided here and never inside an objective. With domain labels 0..D-1 and a uniform target it gives
-the pairs of counterfactual contrastive learning (Roschewitz et al. 2024, 2025):
+This is decided here and never inside an objective. Views are numbered, the global ones first, then the local
+crops of multi-crop methods. With domain labels 0..D-1 and a uniform target, counterfactual contrastive
+learning (Roschewitz et al. 2024, 2025) and its controls are
 
-| method    | plan                                      | view 0               | view 1               |
-|-----------|-------------------------------------------|----------------------|----------------------|
-| SimCLR    | none                                      | real                 | the same real image  |
-| CF-SimCLR | view: [1], probability p                  | real, always         | counterfactual w.p. p|
-| SimCLR+   | view: [0, 1], shared: true, probability p | counterfactual w.p. p| the same as view 0   |
+| method                | `views.counterfactual`                       | image A       | image B       |
+|-----------------------|----------------------------------------------|---------------|---------------|
+| SimCLR, DINO          | none                                         | real          | the same      |
+| CF-SimCLR             | {variable: scanner}                          | real          | cf, chance p  |
+| CF-DINO               | {variable: scanner, shared: true}            | real          | cf, chance p  |
+| SimCLR+, DINO+        | {variable: scanner, view: all, shared: true} | cf, chance p  | the same      |
+| CF-SimCLR on PadChest | {variable: scanner, probability: 1}          | real          | cf            |
+
+The first half of the global and of the local views shows A, the second half B: `view: second_half`, the
+default, is view 1 of 2, and with 2 global and 8 local views 1, 6, 7, 8 and 9. `shared` makes all of them show
+the one image B.
 
 p = 1 - 1/D with a uniform target makes the marginal domain of the counterfactual view uniform ("balanced").
-D counts the categories of the attribute, and the bank has to hold all of them.
+D counts the categories of the attribute, of several attributes their combinations, and the bank has to hold
+all of them.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from cfssl.errors import UserError
 from cfssl.settings import STRICT, NonNegative, Probability
+
+Domain = tuple[str, ...]  # one value of each variable of a plan
 
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+Numbers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(_as_tuple, json_schema_input_type=int | tuple[int, ...]),
+]
+Views = Annotated[
+    Annotated[Literal["second_half", "all"], Tag("a word")] | Annotated[Numbers, Tag("numbers")],
+    Discriminator(lambda value: "a word" if isinstance(value, str) else "numbers"),
+]
+
+
 @dataclass(frozen=True, config=STRICT)
 class CounterfactualPlan:
-    """`variable`: the attribute intervened on. `view`: which views are counterfactual. `probability`: of
-    being so, or "balanced" = 1 - 1/D for a uniform target. `target`: "uniform" over the other values, or
-    weights by value (own value excluded, renormalised). `shared`: all named views show the same image
-    (SimCLR+); otherwise each draws its own target."""
+    """`variable`: the attribute intervened on. `view`: which views are counterfactual, by their numbers, or
+    "second_half" of the global and of the local ones, or "all". `probability`: of being so, or "balanced" =
+    1 - 1/D for a uniform target. `target`: "uniform" over the other values, or weights by value (own value
+    excluded, renormalised). `shared`: all named views show the same image; otherwise each draws its own
+    target."""
 
     variable: str
-    view: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...],
-        BeforeValidator(_as_tuple, json_schema_input_type=int | tuple[int, ...]),
-    ] = (1,)
+    view: Views = "second_half"
     probability: Probability | Literal["balanced"] = "balanced"
     target: Literal["uniform"] | dict[str, NonNegative] = "uniform"
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if not self.view or len(set(self.view)) < len(self.view):
-            raise ValueError(f"view is {list(self.view)}; name at least one view, and each once")
-        if self.shared and len(self.view) == 1:
-            raise ValueError(f"shared acts on several views, and view names {self.view[0]} alone")
         if self.target == "uniform":
             return
         if not any(self.target.values()):
@@ -80,6 +94,29 @@ class CounterfactualPlan:
                 f"{{{self.variable}: all}}, or give probability a number."
             )
         return 1 - 1 / len(categories)
+
+
+def view_numbers(view: Views, shared: bool, count: int, local: int = 0) -> tuple[int, ...]:
+    """The numbers of the views that a plan names, in its order, among `count` global views and `local` ones
+    after them.
+
+    Raises `ValueError` for views that are not there or named twice, for halves of odd numbers, and for one
+    view that shares its image with no other.
+    """
+    if view == "second_half":
+        if count % 2 or local % 2:
+            views = f"{count} views" + (f" and {local} local ones" if local else "")
+            raise ValueError(f"view is second_half, but there are {views}; make them even or number them")
+        chosen = (*range(count // 2, count), *range(count + local // 2, count + local))
+    else:
+        chosen = tuple(range(count + local)) if view == "all" else tuple(view)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"view is {list(chosen)}; name at least one view, and each once")
+    if outside := [number for number in chosen if number >= count + local]:
+        raise ValueError(f"view names view {outside[0]}, but the views are 0..{count + local - 1}")
+    if shared and len(chosen) == 1:
+        raise ValueError(f"shared acts on several views, and view names {chosen[0]} alone")
+    return chosen
 
 
 class ViewSource(Protocol):
@@ -119,12 +156,15 @@ class SlotPlan:
     def __init__(
         self,
         source: ViewSource,
-        views: int,
+        count: int,
         plan: CounterfactualPlan | None,
         categories: Sequence[str] = (),
+        local: int = 0,
     ) -> None:
-        """`categories`: of the plan's variable. Raises `UserError` when the source cannot serve the plan."""
-        self.views, self.plan = views, plan
+        """Of `count` global views and `local` ones after them. `categories`: of the plan's variable. Raises
+        `UserError` when the source cannot serve the plan."""
+        self.views = count + local
+        self.named: list[list[int]] = []  # views that are drawn together
         if plan is None:
             return
         values = {
@@ -138,20 +178,27 @@ class SlotPlan:
                 f"{[dict(view) for view in source.views] or 'real images only'}; add {plan.variable!r} to "
                 "bank.do."
             )
-        self.slots = np.array(list(values))
+        self.shared, self.slots = plan.shared, np.array(list(values))
         self.probability = plan.chance(list(values.values()), categories)
         # (N, K'): weight of every available target; a row's own value is not available as a counterfactual.
         weights = [
             1.0 if plan.target == "uniform" else plan.target.get(value, 0.0) for value in values.values()
         ]
         self.weights = source.available[:, self.slots] * np.array(weights)
+        numbers = view_numbers(plan.view, plan.shared, count, local)
+        # Local views draw after the global ones, so that these are the same with and without them.
+        kinds = [[number for number in numbers if (number >= count) == is_local] for is_local in (0, 1)]
+        self.named = [list(numbers)] if plan.shared else [kind for kind in kinds if kind]
 
     def draw(self, rng: np.random.Generator, items: np.ndarray) -> np.ndarray:
         """Slots (B, V) of the items; an item without any available target shows its real image."""
         slots = np.zeros((len(items), self.views), dtype=np.int64)
-        if self.plan is None:
-            return slots
-        draws = 1 if self.plan.shared else len(self.plan.view)
+        for named in self.named:
+            slots[:, named] = self._drawn(rng, items, 1 if self.shared else len(named))
+        return slots
+
+    def _drawn(self, rng: np.random.Generator, items: np.ndarray, draws: int) -> np.ndarray:
+        """Slots (B, draws), each drawn for itself."""
         applied = rng.random((len(items), draws)) < self.probability
         point = rng.random((len(items), draws))
         cumulative = np.cumsum(self.weights[items], axis=1)
@@ -161,6 +208,4 @@ class SlotPlan:
             .sum(axis=2)
             .clip(max=len(self.slots) - 1)
         )
-        drawn = np.where(applied & (total > 0), self.slots[chosen], 0)
-        slots[:, list(self.plan.view)] = drawn
-        return slots
+        return np.where(applied & (total > 0), self.slots[chosen], 0)

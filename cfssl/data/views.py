@@ -4,9 +4,9 @@ Which stored image a view shows is decided by its plan (plan.py); here every vie
 look.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -17,10 +17,13 @@ from pydantic.dataclasses import dataclass
 from cfssl.data.augment import Photometric, PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp
 from cfssl.data.order import EpochOrder
-from cfssl.data.plan import CounterfactualPlan, SlotPlan, ViewSource
+from cfssl.data.plan import CounterfactualPlan, SlotPlan, ViewSource, view_numbers
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed, numpy_generator
-from cfssl.settings import STRICT, Count
+from cfssl.settings import STRICT, Count, ShareRange
+
+REDRAWS = 10  # of a local crop that shows nothing
+FLAT = 1e-6  # a smaller range of grey levels is rounding: uint16 has steps of 1.5e-5
 
 
 @plain_dataclass(frozen=True)
@@ -58,25 +61,43 @@ class ViewBatch:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LocalGeometrySettings(GeometrySettings):
+    """Of smaller crops by default."""
+
+    crop_scale: ShareRange = (0.05, 0.2)
+
+
+@dataclass(frozen=True, config=STRICT)
+class LocalViewSettings:
+    """Multi-crop: `count` further views of `size` pixels per image, each with a geometry and look of its own.
+    A crop that is constant, such as one of air alone, is drawn again, up to ten times."""
+
+    size: Count
+    count: Count = 8
+    geometry: LocalGeometrySettings = Field(default_factory=LocalGeometrySettings)
+    photometric: PhotometricSettings = Field(default_factory=PhotometricSettings)
+
+
+@dataclass(frozen=True, config=STRICT)
 class ViewSettings:
     """`count` views per image of `size` pixels (None: the stored size), with independent geometry and
-    look."""
+    look; `local` adds smaller ones."""
 
     count: Count = 2
     size: Count | None = None
+    local: LocalViewSettings | None = None
     counterfactual: CounterfactualPlan | None = None
     geometry: GeometrySettings = Field(default_factory=GeometrySettings)
     photometric: PhotometricSettings = Field(default_factory=PhotometricSettings)
     border: Literal["constant", "reflect"] = "constant"
 
     def __post_init__(self) -> None:
-        outside = (
-            [view for view in self.counterfactual.view if view >= self.count] if self.counterfactual else []
-        )
-        if outside:
-            raise ValueError(
-                f"counterfactual.view names view {outside[0]}, but the views are 0..{self.count - 1}"
-            )
+        if self.counterfactual is not None:
+            local = self.local.count if self.local else 0
+            try:
+                view_numbers(self.counterfactual.view, self.counterfactual.shared, self.count, local)
+            except ValueError as error:
+                raise ValueError(f"counterfactual.{error}") from None
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
         """Channels and (height, width) of the views of images of the shape `stored` (C, H, W)."""
@@ -116,47 +137,89 @@ class ViewData:
         self.source, self.settings, self.accumulate, self.seed = source, settings, accumulate, seed
         self.order = EpochOrder(len(source), batch, epochs, seed)
         self.attributes = dict(attributes or {})
-        self.plan = SlotPlan(source, settings.count, settings.counterfactual, categories)
-        self.photometric = Photometric(settings.photometric)
+        local = settings.local
+        self.plan = SlotPlan(
+            source, settings.count, settings.counterfactual, categories, local.count if local else 0
+        )
+        self.kinds = [_Kind(settings, 0, settings.shape(source.shape)[1])]
+        if local is not None:
+            self.kinds.append(_Kind(local, settings.count, (local.size, local.size)))
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, step: int) -> list[ViewBatch]:
         items = self.order.items(step)
-        count = self.settings.count
-        height, width = self.source.shape[1:]
-        slots = self.plan.draw(numpy_generator(self.seed, "plan", step), items)
-        affines = sample_affines(
-            numpy_generator(self.seed, "geometry", step),
-            len(items) * count,
-            self.settings.geometry,
-            width / height,
-        ).reshape(len(items), count, 2, 3)
-        size = self.settings.size
-        view_size = (size, size) if size else (height, width)
-        stored = self.source.gather(items, slots)
-        images = np.empty((len(items), count, stored.shape[2], *view_size), dtype=np.float32)
+        slots = self.plan.draw(numpy_generator(self.seed, "plan", step), items)  # (B, all views)
+        # Views that show the same stored image share it.
+        position = np.arange(len(items))[:, None]
+        shown, place = np.unique(position * (slots.max() + 1) + slots, return_inverse=True)
+        position, slot = np.divmod(shown, slots.max() + 1)
+        stored = self.source.gather(items[position], slot[:, None])[:, 0]  # (n, C, H, W)
+        place = place.reshape(slots.shape)
         scale = np.float32(1 / np.iinfo(stored.dtype).max)
+
+        def image(position: int, view: int) -> np.ndarray:
+            """(H, W, C) float32 in [0, 1] of the stored integers (C, H, W)."""
+            return stored[place[position, view]].transpose(1, 2, 0).astype(np.float32) * scale
+
+        whole, *others = [self._cut(kind, step, items, slots, image) for kind in self.kinds]
+        return split(replace(whole, local=others[0]) if others else whole, self.accumulate)
+
+    def _cut(
+        self,
+        kind: "_Kind",
+        step: int,
+        items: np.ndarray,
+        slots: np.ndarray,
+        image: Callable[[int, int], np.ndarray],
+    ) -> ViewBatch:
+        """The views of one size; `image(position, view)` is what a view is cut from."""
+        channels, height, width = self.source.shape
+        geometry, border = kind.settings.geometry, self.settings.border
+        rng = numpy_generator(self.seed, "local geometry" if kind.is_local else "geometry", step)
+        affines = sample_affines(rng, len(items) * kind.count, geometry, width / height)
+        affines = affines.reshape(len(items), kind.count, 2, 3)
+        images = np.empty((len(items), kind.count, channels, *kind.size), dtype=np.float32)
         for position in range(len(items)):
-            for view in range(count):
-                # (C, H, W) integers -> (H, W, C) float32 in [0, 1]
-                source_image = stored[position, view].transpose(1, 2, 0).astype(np.float32) * scale
-                warped = warp(source_image, affines[position, view], view_size, self.settings.border)
-                warped = warped.reshape(*view_size, -1)  # OpenCV drops a single channel
+            for place, view in enumerate(kind.numbers):
+                source = image(position, view)
+                warped = warp(source, affines[position, place], kind.size, border)
+                for attempt in range(REDRAWS if kind.is_local else 0):
+                    if not is_constant(warped, affines[position, place], (height, width)):
+                        break
+                    rng = numpy_generator(self.seed, "redraw", step, position, view, attempt)
+                    affines[position, place] = sample_affines(rng, 1, geometry, width / height)[0]
+                    warped = warp(source, affines[position, place], kind.size, border)
+                warped = warped.reshape(*kind.size, -1)  # OpenCV drops a single channel
                 seed = derive_seed(self.seed, "look", step, position, view)
-                images[position, view] = self.photometric(warped, seed).transpose(2, 0, 1)
-        valid = valid_mask(affines.reshape(-1, 2, 3), view_size, (height, width))
-        whole = ViewBatch(
+                images[position, place] = kind.look(warped, seed).transpose(2, 0, 1)
+        valid = valid_mask(affines.reshape(-1, 2, 3), kind.size, (height, width))
+        chosen = torch.from_numpy(slots[:, kind.numbers])
+        return ViewBatch(
             images=torch.from_numpy(images),
-            is_counterfactual=torch.from_numpy(slots > 0),
-            slot=torch.from_numpy(slots),
+            is_counterfactual=chosen > 0,
+            slot=chosen,
             affine=torch.from_numpy(affines.astype(np.float32)),
-            valid=torch.from_numpy(valid.reshape(len(items), count, *view_size)),
+            valid=torch.from_numpy(valid.reshape(images.shape[:2] + kind.size)),
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
         )
-        return split(whole, self.accumulate)
+
+
+class _Kind:
+    """Views of one size: the global ones, or the local ones, which are numbered from `first`."""
+
+    def __init__(self, settings: ViewSettings | LocalViewSettings, first: int, size: tuple[int, int]) -> None:
+        self.settings, self.size, self.is_local = settings, size, first > 0
+        self.count, self.numbers = settings.count, list(range(first, first + settings.count))
+        self.look = Photometric(settings.photometric)
+
+
+def is_constant(view: np.ndarray, affine: np.ndarray, source_size: tuple[int, int]) -> bool:
+    """Whether a view (H, W) or (H, W, C) shows one grey level where it shows the source at all."""
+    shown = view[valid_mask(affine[None], view.shape[:2], source_size)[0]]
+    return len(shown) == 0 or np.ptp(shown, axis=0).max() <= FLAT
 
 
 def split(batch: ViewBatch, parts: int) -> list[ViewBatch]:

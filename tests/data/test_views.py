@@ -1,5 +1,6 @@
 """View plans give exactly the pairs of the papers; batches are a pure function of seed and step."""
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,14 @@ from torch.utils.data import DataLoader
 from cfssl.data.augment import PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, grid, to_source, to_view
 from cfssl.data.plan import CounterfactualPlan, SlotPlan
-from cfssl.data.views import ViewData, ViewSettings
+from cfssl.data.views import (
+    LocalGeometrySettings,
+    LocalViewSettings,
+    ViewBatch,
+    ViewData,
+    ViewSettings,
+    is_constant,
+)
 from cfssl.engine.loop import loader
 from cfssl.errors import UserError
 from cfssl.seeds import numpy_generator
@@ -38,11 +46,11 @@ class MemorySource:
         return np.broadcast_to(value[..., None, None, None], (*slots.shape, *self.shape)).copy()
 
 
-def draws(plan: CounterfactualPlan | None, views: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Slots (50,000, V) and the factual domain of each draw."""
+def draws(plan: CounterfactualPlan | None, local: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Slots (50,000, 2 + local) and the factual domain of each draw."""
     source = MemorySource()
     items = np.arange(50_000) % 400
-    return SlotPlan(source, views, plan, DOMAINS).draw(numpy_generator(0), items), source.domain[items]
+    return SlotPlan(source, 2, plan, DOMAINS, local).draw(numpy_generator(0), items), source.domain[items]
 
 
 def test_cf_simclr_keeps_view_0_real_and_draws_the_other_domains_uniformly() -> None:
@@ -79,6 +87,61 @@ def test_unshared_views_draw_their_targets_independently() -> None:
 
 def test_simclr_is_all_real() -> None:
     assert (draws(None)[0] == 0).all()
+
+
+def test_cf_dino_gives_half_of_each_kind_of_view_the_one_counterfactual() -> None:
+    """Global crop 1 and four local ones from A, the others from B."""
+    slots, domain = draws(CounterfactualPlan(variable="scanner", shared=True), local=8)
+    image_a, image_b = [0, 2, 3, 4, 5], [1, 6, 7, 8, 9]
+    assert (slots[:, image_a] == 0).all()
+    assert (slots[:, image_b] == slots[:, 1:2]).all()
+    assert (slots[:, 1] > 0).mean() == pytest.approx(0.8, abs=0.01)
+    for own in range(5):
+        shown = np.bincount(slots[domain == own, 1], minlength=6) / (domain == own).sum()
+        expected = np.where(np.arange(6) == own + 1, 0, 0.2)  # slot 0 is the own domain
+        np.testing.assert_allclose(shown, expected, atol=0.012)
+    numbered = CounterfactualPlan(variable="scanner", view=(1, 6, 7, 8, 9), shared=True)
+    np.testing.assert_array_equal(draws(numbered, local=8)[0], slots)
+
+
+def test_dino_plus_shows_one_image_in_all_views() -> None:
+    slots, _ = draws(CounterfactualPlan(variable="scanner", view="all", shared=True), local=8)
+    assert (slots == slots[:, :1]).all()
+    assert (slots[:, 0] > 0).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_half_of_two_views_is_cf_simclr_and_all_of_them_simclr_plus() -> None:
+    half, second = (CounterfactualPlan(variable="scanner", view=view) for view in ("second_half", (1,)))
+    np.testing.assert_array_equal(draws(half)[0], draws(second)[0])
+    every, both = (CounterfactualPlan(variable="scanner", view=view, shared=True) for view in ("all", (0, 1)))
+    np.testing.assert_array_equal(draws(every)[0], draws(both)[0])
+
+
+def test_padchest_shows_a_counterfactual_always() -> None:
+    slots, _ = draws(CounterfactualPlan(variable="scanner", probability=1))
+    assert (slots[:, 1] > 0).all()
+
+
+def test_unshared_local_views_draw_for_themselves_and_leave_the_global_ones_as_they_are() -> None:
+    plan = CounterfactualPlan(variable="scanner", view="all", probability=0.5)
+    slots, _ = draws(plan, local=4)
+    np.testing.assert_array_equal(slots[:, :2], draws(plan)[0])
+    together = (slots > 0).T.astype(float) @ (slots > 0) / len(slots)
+    np.testing.assert_allclose(together, np.where(np.eye(6), 0.5, 0.25), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("views", "plan", "expected"),
+    [
+        ({"count": 3}, {}, "counterfactual.view is second_half, but there are 3 views; make them even"),
+        ({"local": {"size": 8, "count": 3}}, {}, "there are 2 views and 3 local ones"),
+        ({"local": {"size": 8, "count": 2}}, {"view": 4}, "names view 4, but the views are 0..3"),
+        ({}, {"view": "second_half", "shared": True}, "view names 1 alone"),
+    ],
+)
+def test_views_that_a_plan_cannot_name_are_refused(views: dict, plan: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        ViewSettings(**views, counterfactual=CounterfactualPlan(variable="scanner", **plan))
 
 
 def test_target_weights_are_followed_and_the_own_value_is_excluded() -> None:
@@ -180,6 +243,153 @@ def test_every_epoch_shows_every_item_once_in_another_order() -> None:
     for epoch in rows:
         assert sorted(epoch.tolist()) == list(range(1000, 1400))
     assert not torch.equal(rows[0], rows[1])
+
+
+class NoiseSource(MemorySource):
+    """Every stored image has a noise of its own."""
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        images = np.empty((*slots.shape, *self.shape), dtype=np.uint8)
+        for place in np.ndindex(slots.shape):
+            rng = numpy_generator(int(items[place[0]]), int(slots[place]))
+            images[place] = rng.integers(0, 256, self.shape)
+        return images
+
+
+LOCAL = LocalViewSettings(size=8, count=4, photometric=SETTINGS.photometric)
+
+
+def tensors(batch: ViewBatch) -> list[torch.Tensor]:
+    return [batch.images, batch.is_counterfactual, batch.slot, batch.affine, batch.valid, batch.row]
+
+
+def same(first: ViewBatch, second: ViewBatch) -> bool:
+    return all(map(torch.equal, tensors(first), tensors(second)))
+
+
+def test_local_views_leave_the_global_ones_bitwise_as_they_are() -> None:
+    with_local = ViewData(NoiseSource(), replace(SETTINGS, local=LOCAL), batch=40, epochs=1, seed=0)
+    without = ViewData(NoiseSource(), SETTINGS, batch=40, epochs=1, seed=0)
+    for step in range(2):
+        (batch,), (expected,) = with_local[step], without[step]
+        assert same(batch, expected)
+        assert expected.local is None
+
+
+def test_local_views_are_a_pure_function_of_seed_and_step() -> None:
+    """The same from two workers, in micro-batches and when resumed; no two of them the same."""
+
+    def locals_of(workers: int, start: int, accumulate: int = 1) -> list[ViewBatch]:
+        settings = replace(SETTINGS, local=LOCAL)
+        data = ViewData(NoiseSource(), settings, batch=40, epochs=2, seed=0, accumulate=accumulate)
+        return [micro.local for step in loader(data, range(start, 12), workers) for micro in step]
+
+    alone = locals_of(0, 8)
+    assert all(map(same, alone, locals_of(2, 8)))
+    assert all(map(same, alone[3:], locals_of(0, 11)))
+    micro = locals_of(0, 8, accumulate=4)
+    assert [len(part) for part in micro] == [10] * 16
+    for place, whole in enumerate(alone):
+        joined = [torch.cat(parts) for parts in zip(*map(tensors, micro[4 * place :][:4]), strict=True)]
+        assert all(map(torch.equal, joined, tensors(whole)))
+    affines = torch.cat([batch.affine.flatten(0, 1).flatten(1) for batch in alone])
+    assert len(affines.unique(dim=0)) == len(affines) == 4 * 40 * 4
+
+
+def test_local_views_have_a_size_scale_and_look_of_their_own() -> None:
+    settings = ViewSettings(
+        size=24,
+        local=LocalViewSettings(
+            size=10,
+            count=6,
+            geometry=LocalGeometrySettings(crop_scale=(0.05, 0.1)),
+            photometric=PhotometricSettings(brightness=0, contrast=0),
+        ),
+        photometric=PhotometricSettings(brightness=0, contrast=0, noise=0.1, noise_probability=1),
+    )
+    (batch,) = ViewData(CoordinateSource(40, 32), settings, batch=50, epochs=1, seed=0)[0]
+    local = batch.local
+    assert local.images.shape == (50, 6, 2, 10, 10)
+    assert local.valid.shape == (50, 6, 10, 10)
+    assert torch.equal(local.row, batch.row)
+    area = torch.linalg.det(local.affine[..., :2]).abs()
+    assert area.min() >= 0.05 - 1e-6
+    assert area.max() <= 0.1 + 1e-6
+    assert torch.linalg.det(batch.affine[..., :2]).abs().min() > 0.29
+    # without a look every pixel shows the point that the batch says
+    points = np.stack(np.meshgrid(*grid((10, 10))), axis=2).reshape(-1, 2)
+    places = to_source(local.affine.double().numpy(), points)
+    seen = (2 * local.images.numpy() - 1).reshape(50, 6, 2, -1).swapaxes(2, 3)
+    inside = local.valid.numpy().reshape(50, 6, -1)
+    assert np.abs(seen - places).max(-1)[inside].max() / 2 < 1e-3
+
+
+def test_local_views_show_the_slot_they_name() -> None:
+    plain, inner = PhotometricSettings(brightness=0, contrast=0), LocalGeometrySettings(crop_scale=(0.8, 0.8))
+    settings = ViewSettings(
+        border="reflect",
+        counterfactual=CounterfactualPlan(variable="scanner", probability=0.8, shared=True),
+        geometry=GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1)),
+        local=LocalViewSettings(size=8, count=4, geometry=inner, photometric=plain),
+        photometric=plain,
+    )
+    (batch,) = ViewData(MemorySource(), settings, batch=100, epochs=1, seed=0)[0]
+    for views in (batch, batch.local):
+        domain = (views.row - 1000) % 5
+        expected = (10 * views.slot + 2 * domain[:, None]) / 255
+        assert torch.allclose(views.images.mean((2, 3, 4)), expected.float(), atol=1e-6)
+        assert torch.equal(views.is_counterfactual, views.slot > 0)
+    assert torch.equal(batch.local.slot[:, 2:], batch.slot[:, 1:].repeat(1, 2))
+    assert batch.slot[:, 1].any()
+    assert not batch.local.slot[:, :2].any()
+
+
+class AirSource(MemorySource):
+    """Noise in the left half of the image, one grey level elsewhere."""
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        images = np.full((*slots.shape, *self.shape), 77, dtype=np.uint8)
+        half = self.shape[-1] // 2
+        images[..., :half] = numpy_generator(0).integers(0, 256, (*self.shape[:-1], half))
+        return images
+
+
+def test_a_constant_local_crop_is_drawn_again() -> None:
+    settings = ViewSettings(
+        border="reflect",
+        geometry=GeometrySettings(crop_scale=(0.05, 0.2)),
+        local=LocalViewSettings(size=8, photometric=PhotometricSettings(brightness=0, contrast=0)),
+        photometric=PhotometricSettings(brightness=0, contrast=0),
+    )
+    source = AirSource(side=32)
+    (batch,) = ViewData(source, settings, batch=100, epochs=1, seed=0)[0]
+
+    def constant(images: torch.Tensor) -> float:
+        return (images.flatten(2).amax(2) - images.flatten(2).amin(2) < 1e-4).float().mean().item()
+
+    often = constant(batch.images)  # a draw shows air alone
+    assert 0.15 < often < 0.4
+    assert constant(batch.local.images) == 0  # 0.4 to the power of 11, 800 times: 0.03 expected
+    # what was not drawn again is what it would have been without air
+    (other,) = ViewData(CoordinateSource(32, 32), settings, batch=100, epochs=1, seed=0)[0]
+    kept = (batch.local.affine == other.local.affine).all(-1).all(-1).float().mean()
+    assert kept == pytest.approx(1 - often, abs=0.12)  # four standard errors of 200 draws
+    # an image that is constant ends the search
+    (flat,) = ViewData(GreySource(), settings, batch=10, epochs=1, seed=0)[0]
+    assert torch.equal(flat.local.images.unique(), flat.images.unique())
+
+
+def test_what_lies_outside_of_the_image_makes_no_crop_interesting() -> None:
+    view = np.full((8, 8), 0.5, np.float32)
+    whole = np.array([[0.5, 0, 0], [0, 0.5, 0]])
+    shifted = np.array([[0.5, 0, 1.0], [0, 0.5, 0]])
+    outside = np.array([[0.5, 0, 2.0], [0, 0.5, 0]])
+    assert is_constant(view, whole, (8, 8))
+    view[:, 5:] = 0
+    assert not is_constant(view, whole, (8, 8))
+    view[:, 3:5] = 0
+    assert is_constant(view[..., None], shifted, (8, 8))
+    assert is_constant(view, outside, (8, 8))
 
 
 def test_micro_batches_are_the_same_views_cut_in_four() -> None:
