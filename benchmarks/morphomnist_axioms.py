@@ -53,9 +53,9 @@ from cfssl.stages import GENERATOR_CODE, MEASURE_CODE, keyed_stage
 SEEDS = (0, 1, 2)
 ARMS = ("base", "fine-tuned")  # ("base",) leaves fine-tuning out
 NETWORK = SmallNetworkSettings(widths=S_HVAE_32, latents=(16, 8, 4))
-BETA, SIGMA, FIXED_SIGMA = 1.0, "shared", 0.1  # the last only of a fixed sigma
-EPOCHS, BATCH = 40, 64
-FINE_EPOCHS, FINE_LR, FINE_RESIDUAL = 8, 3e-4, 0.0
+BETA, SIGMA = 1.0, 0.02  # a fixed sigma, in units of [-1, 1]
+EPOCHS, LR, BATCH = 20, 2e-3, 32
+FINE_EPOCHS, FINE_LR, FINE_RESIDUAL = 6, 3e-4, 0.0
 JUDGE_EPOCHS = 20
 
 SCORE_CODE = (
@@ -64,6 +64,13 @@ SCORE_CODE = (
     "evaluate/counterfactual.py",
     "evaluate/minimality.py",
     "evaluate/morphology.py",
+)
+# Looked at before the budget was fixed: the validation digits, seed 0, 6 to 8 epochs.
+CHOICE = (
+    "on the validation digits of seed 0, network alone, 6 epochs: shared sigma, batch 64, learning rate 1e-3 "
+    "(8 epochs) composition 2.7 / 5.4; batch 32, 2e-3 1.2 / 3.2, thickness and intensity under their own "
+    "do .22 and 6.2; beta .5, 3e-3 .87 / 2.4, .66 and 9.5; fixed sigma .03, 1e-3 .92 / 2.5, .86 and 36, "
+    "since z then holds everything, but after 3 epochs of fine-tuning 1.1 / 3.1, .21 and 2.8"
 )
 # Number of cycles per way; a cycle of full_residual returns the image.
 COMPOSITIONS = {"network": (1, 10), "sampled": (1, 10), "unclamped": (1, 10), "full_residual": (1, 10)}
@@ -90,15 +97,15 @@ PUBLISHED = {
 
 
 def generator_settings(seed: int) -> HVAESettings:
-    sigma: Any = SIGMA
     return HVAESettings(
         parents=VARIABLES,
         graph=dict(PARENTS),
         network=NETWORK,
-        sigma=sigma,
-        fixed_sigma=FIXED_SIGMA,
+        sigma="fixed",
+        fixed_sigma=SIGMA,
         beta=BETA,
-        train=HVAETrainSettings(epochs=EPOCHS, batch=BATCH, seed=seed),
+        # Under a small sigma the loss falls by orders of magnitude at the start, and so do its gradients.
+        train=HVAETrainSettings(epochs=EPOCHS, batch=BATCH, lr=LR, skip_factor=None, seed=seed),
     )
 
 
