@@ -58,9 +58,10 @@ Step = Callable[[], object]
 
 
 def settings_of(name: str, seed: int, epochs: int) -> HVAESettings:
-    """`small`: that of morphomnist_axioms.py with a learned sigma. `published`: the 2.04 M network with its likelihood, batch and
-    optimiser; with an exogenous prior, which costs less and reconstructs better than the latent mediator that
-    the published commands also turn on. `gaussian`: the same with the likelihood of the small one."""
+    """`small`: that of morphomnist_axioms.py with a learned sigma. `published`: the 2.04 M network with its
+    likelihood, batch and optimiser; with an exogenous prior, which costs less and reconstructs better than
+    the latent mediator that the published commands also turn on. `gaussian`: the same with the likelihood of
+    the small one."""
     if name == "small":
         ours = generator_settings(seed)
         # Without fine-tuning a small fixed sigma would leave all of the parents in z.
