@@ -42,12 +42,14 @@ class PhantomChestSettings:
     domains: dict[str, Probability] = Field(default_factory=lambda: dict(DOMAINS))
     rho: Probability = 0.0
     balanced_test: bool = True
+    women: Probability = 0.5
+    sex_effect: Probability = 0.0
     splits: dict[str, Probability] = Field(default_factory=lambda: dict(SPLIT_SHARES))
     seed: int = 0
 
     @property
     def world(self) -> ChestWorld:
-        return ChestWorld(self.size, self.domains, self.rho, self.balanced_test)
+        return ChestWorld(self.size, self.domains, self.rho, self.balanced_test, self.women, self.sex_effect)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -45,7 +45,15 @@ SPLIT = {"split": SplitSettings(seed=1)}
 SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     (
         PhantomChestSettings(),
-        {"size": 128, "count": 9, "rho": 0.5, "balanced_test": False, "seed": 1}
+        {
+            "size": 128,
+            "count": 9,
+            "rho": 0.5,
+            "balanced_test": False,
+            "women": 0.3,
+            "sex_effect": 0.5,
+            "seed": 1,
+        }
         | {"domains": {"A": 1.0}, "splits": {"train": 1.0}},
     ),
     (

@@ -72,12 +72,18 @@ class ChestWorld:
     """Settings of the world. `domains`: share of each scanner in train and val. The test split has equal
     shares where `balanced_test`, so that rare scanners get a usable interval, else those of `domains`. `rho`
     from 0 (independent) to 1 ties the scanner to the disease in the train split only: the diseased move to
-    the later scanners, shares unchanged."""
+    the later scanners, shares unchanged.
+
+    `women`: their share in train and val; half of the test split where `balanced_test`. `sex_effect` from 0
+    to 1: how much fainter the same effusion is in a woman (up to chest_anatomy.FAINTER_IN_WOMEN), so that
+    the disease looks different in the two sexes."""
 
     size: int = 64
     domains: Mapping[str, float] = field(default_factory=lambda: {"A": 0.6, "B": 0.25, "C": 0.1, "D": 0.05})
     rho: float = 0.0
     balanced_test: bool = True
+    women: float = 0.5
+    sex_effect: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size not in (64, 128):
@@ -85,14 +91,21 @@ class ChestWorld:
                 f"phantom_chest size is {self.size}; it draws 64 or 128 pixels, choose one of them."
             )
         refuse_shares("phantom_chest", self.domains, SCANNERS)
-        if not 0 <= self.rho <= 1:
-            raise UserError(f"phantom_chest rho is {self.rho}; it is a strength, give a number from 0 to 1.")
+        for name, what in (("rho", "strength"), ("women", "share"), ("sex_effect", "strength")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"phantom_chest {name} is {getattr(self, name)}; it is a {what}, give a number from 0 to "
+                    "1."
+                )
 
     def shares(self, split: str) -> list[float]:
         """Probability of each scanner, in the order of SCANNERS, in a split."""
         if split == "test" and self.balanced_test:
             return [1 / len(SCANNERS)] * len(SCANNERS)
         return [float(self.domains.get(name, 0.0)) for name in SCANNERS]
+
+    def share_of_women(self, split: str) -> float:
+        return 0.5 if split == "test" and self.balanced_test else self.women
 
     @property
     def name(self) -> str:
@@ -174,7 +187,7 @@ def sample(
         return torch.rand(count, generator=generator)
 
     parents: Attributes = {
-        "sex": (uniform() < 0.5).long(),
+        "sex": (uniform() < 1 - world.share_of_women(split)).long(),
         "age": truncated_normal(count, AGE_MEAN, AGE_SPREAD, AGE_RANGE, generator),
     }
     u = {"disease_noise": uniform()}
@@ -207,7 +220,7 @@ def render(world: ChestWorld, parents: Attributes, u: Noise) -> Rendered:
 
     def render_rows(rows: slice) -> None:
         own_noise = pick_rows(noise, rows)
-        anatomy = chest_anatomy.draw(size, pick_rows(pa, rows), own_noise)
+        anatomy = chest_anatomy.draw(size, pick_rows(pa, rows), own_noise, world.sex_effect)
         grain = noise_field(own_noise["noise_seed"], size)
         for code, name in enumerate(SCANNERS):
             chosen = np.flatnonzero(pa["scanner"][rows] == code)

@@ -37,6 +37,7 @@ EFFUSION_HEIGHT = (0.22, 0.62)
 EFFUSION_CONTRAST = (0.12, 0.28)
 HEART_GROWTH = (0.04, 0.20)
 ANGLE_BELOW_DOME = 0.24  # how far the costophrenic angle hangs below the top of the diaphragm
+FAINTER_IN_WOMEN = 0.6  # of an effusion's contrast, at the full effect of sex
 HAZE = 0.10  # largest attenuation of the harmless basal haze that healthy and diseased lungs have alike
 TEXTURE_GRIDS = (9, 22, 48)  # cells of the soft-tissue, lung and vessel textures along one side
 
@@ -168,8 +169,11 @@ def outline(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray])
     )  # fmt: skip
 
 
-def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) -> Anatomy:
-    """The patients' anatomy at `size` x `size` pixels. `parents` and `u` hold arrays of shape (n,)."""
+def draw(
+    size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray], sex_effect: float = 0.0
+) -> Anatomy:
+    """The patients' anatomy at `size` x `size` pixels. `parents` and `u` hold arrays of shape (n,).
+    `sex_effect`: see `ChestWorld`."""
     shape = outline(size, parents, u)
     column, age, male, pixel = shape.column, shape.age, shape.male, shape.pixel
     x, y, lateral, edge = shape.x, shape.y, shape.lateral, shape.edge
@@ -222,6 +226,8 @@ def draw(size: int, parents: dict[str, np.ndarray], u: dict[str, np.ndarray]) ->
     air += reach * (0.10 + 0.02 * column["hilum"] + 0.04 * vessel_texture)
     knob = bell(x - mediastinum - 0.015, 0.06) * bell(y + 0.30, 0.075)
     fluid_contrast = between(EFFUSION_CONTRAST, column["effusion_contrast"])
+    if sex_effect:
+        fluid_contrast = fluid_contrast * (1 - np.float32(FAINTER_IN_WOMEN * sex_effect) * (1 - male))
     attenuation = (
         body * (tissue + (0.08 + 0.07 * age) * knob) + shape.lung * air + fluid_contrast * shape.fluid
     )

@@ -254,6 +254,32 @@ def test_the_test_split_is_balanced_over_scanners_unless_asked_otherwise():
     np.testing.assert_allclose(np.bincount(same["scanner"]) / MANY, [0.6, 0.25, 0.1, 0.05], atol=0.0075)
 
 
+@pytest.mark.parametrize("women", [0.0, 0.2, 0.9])
+def test_women_have_their_share_in_training_and_half_of_a_balanced_test_split(women):
+    world = ChestWorld(women=women)
+    found = {split: sample(world, MANY, torch_generator("women"), split)[0] for split in ("train", "test")}
+    assert abs((found["train"]["sex"] == 0).double().mean() - women) < 0.0075
+    assert abs((found["test"]["sex"] == 0).double().mean() - 0.5) < 0.0075
+    apart = ChestWorld(women=women, balanced_test=False)
+    test = sample(apart, MANY, torch_generator("women"), "test")[0]
+    assert abs((test["sex"] == 0).double().mean() - women) < 0.0075
+
+
+def test_the_effect_of_sex_makes_a_womans_effusion_fainter_and_nothing_else(drawn):
+    parents, u = drawn
+    given = {name: value.numpy() for name, value in (parents | u).items()}
+    for sex in (0, 1):
+        for disease in (0, 1):
+            own = given | {"sex": np.full(60, sex), "disease": np.full(60, disease)}
+            plain, changed = (chest_anatomy.draw(64, own, given, effect) for effect in (0.0, 0.5))
+            np.testing.assert_array_equal(plain.masks, changed.masks)
+            fluid = chest_anatomy.outline(64, own, given).fluid
+            contrast = chest_anatomy.between(chest_anatomy.EFFUSION_CONTRAST, given["effusion_contrast"])
+            loss = 0.5 * chest_anatomy.FAINTER_IN_WOMEN * (1 - sex) * contrast[:, None, None] * fluid
+            np.testing.assert_allclose(plain.attenuation - changed.attenuation, loss, atol=1e-6)
+            assert (loss.max() > 0) == (sex == 0 and disease == 1)
+
+
 def test_a_split_does_not_depend_on_the_size_of_the_others():
     small = build(WORLD, 20, seed=1, splits={"train": 10, "val": 5, "test": 5})
     large = build(WORLD, 30, seed=1, splits={"train": 20, "val": 5, "test": 5})
@@ -276,6 +302,8 @@ def test_blur_keeps_a_flat_image_flat_and_has_the_stated_width():
         ({"domains": {"A": 0.5, "E": 0.5}}, r"name \['E'\]"),
         ({"domains": {"A": 0.5}}, "add up to 1"),
         ({"rho": 1.5}, "rho is 1.5"),
+        ({"women": -0.1}, "women is -0.1"),
+        ({"sex_effect": 2.0}, "sex_effect is 2.0"),
     ],
 )
 def test_impossible_worlds_are_refused(settings, message):
