@@ -68,6 +68,14 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
             ]
         for name in evaluation.by:
             known(f"evaluate[{index}].by", name, discrete)
+    if recipe.monitor is not None and recipe.monitor.target is not None:
+        path, target = "monitor.target", recipe.monitor.target
+        known(path, target, discrete)
+        if target in table.attributes and table.attributes[target].kind in discrete:
+            mistakes += [
+                f"{path} = {target!r}: {reason}; every category is needed there"
+                for reason in lacking(table, target, ("train", "val"))
+            ]
     try:
         check_backbone(recipe.backbone.name)
     except UserError as error:

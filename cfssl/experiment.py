@@ -17,7 +17,7 @@ from cfssl.data.datasets import (
 from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
-from cfssl.evaluate.settings import AuditSettings, EvaluationSettings
+from cfssl.evaluate.settings import AuditSettings, EvaluationSettings, MonitorSettings
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
@@ -47,6 +47,7 @@ class Recipe(BaseModel):
     )
     backbone: BackboneSettings = Field(default_factory=BackboneSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    monitor: MonitorSettings | None = None
     evaluate: tuple[EvaluationSettings, ...] = ()
     hardware: HardwareSettings = Field(default_factory=HardwareSettings)
     track: Literal["none", "wandb"] = "none"

@@ -23,6 +23,7 @@ from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
+from cfssl.evaluate.monitor import Monitor
 from cfssl.evaluation import Evaluation
 from cfssl.experiment import Recipe
 from cfssl.files import write_json
@@ -35,6 +36,7 @@ from cfssl.production import Production
 from cfssl.provenance import environment
 from cfssl.recipe import write_recipe
 from cfssl.stages import ENCODER_CODE, TABLE_CODE, Stage
+from cfssl.visualise.views import slot_names, view_grid
 
 
 class Pipeline:
@@ -122,7 +124,8 @@ class Pipeline:
 
         def make(folder: Path) -> None:
             run = self.production.run(folder)
-            fit(objective, self.view_data(), self.recipe.train, run, label)
+            self.first_batch()
+            fit(objective, self.view_data(), self.recipe.train, run, label, self.monitor(objective, run))
             save_checkpoint(stage.product, objective.state_dict())
             run.close()
 
@@ -139,9 +142,27 @@ class Pipeline:
         assert isinstance(student, nn.Module)
         return student
 
+    def monitor(self, objective: nn.Module, run: Run) -> Monitor | None:
+        """What looks at the encoder while it is trained."""
+        settings, views = self.recipe.monitor, self.recipe.views
+        if settings is None:
+            return None
+        every = settings.every * self.view_data().order.steps_per_epoch
+        student = objective.student
+        assert isinstance(student, nn.Module)
+        return Monitor(settings, student, self.table, views.size, views.border, every, run)
+
+    def first_batch(self) -> Path:
+        """A picture of the first batch, in the folder of the encoder; drawn before its first step, so that a
+        mistake in the views is seen before hours of training."""
+        path = self.encoder_stage.folder / "views.png"
+        if not path.exists():
+            view_grid(path, self.view_data()[0][0], names=slot_names(self.generation.bank))
+        return path
+
     @property
     def metrics_path(self) -> Path:
-        """The loss of every logged step of the pre-training."""
+        """The loss of every logged step of the pre-training, and what its monitor saw."""
         return self.encoder_stage.folder / "metrics.jsonl"
 
     def run(self) -> list[dict[str, Any]]:

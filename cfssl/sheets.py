@@ -13,7 +13,7 @@ from cfssl.errors import UserError
 from cfssl.generators.base import counterfactual, intervention
 from cfssl.pipeline import Pipeline
 from cfssl.seeds import torch_generator
-from cfssl.visualise.views import counterfactual_sheet
+from cfssl.visualise.views import counterfactual_sheet, slot_names
 
 
 def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
@@ -86,14 +86,6 @@ def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray
             if queue and len(chosen) < count:
                 chosen.append(queue.pop(0))
     return np.array(sorted(chosen, key=lambda item: (texts[item], item)), dtype=np.int64)
-
-
-def slot_names(bank: Bank) -> list[str]:
-    """ "real", then do(...) of every slot."""
-    return [
-        "real",
-        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
-    ]
 
 
 def _shown(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cfssl.data.table import ImageTable
+from cfssl.engine.run import read_metrics
 from cfssl.errors import UserError
 from cfssl.evaluate.groups import (
     paired_difference,
@@ -15,14 +16,14 @@ from cfssl.evaluate.groups import (
     paired_mean_of_groups,
     paired_worst_group,
 )
+from cfssl.evaluate.monitor import first_warnings
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
-from cfssl.sheets import audited_sheet, bank_sheet, slot_names
+from cfssl.sheets import audited_sheet, bank_sheet
 from cfssl.visualise.audit import write_audit
-from cfssl.visualise.curves import loss_curves
+from cfssl.visualise.curves import training_curves
 from cfssl.visualise.report import MINUS, Arm, Picture, Report, titled, write_report
-from cfssl.visualise.views import view_grid
 
 
 def report_of(job: Pipeline) -> Path:
@@ -54,12 +55,13 @@ def compare(
         caption = f"Training images and the counterfactuals stored in the bank{truth}."
         pictures.append(Picture("Counterfactuals", caption, path))
     for name, job in jobs.items():
-        path = folder / f"views-{job.recipe.name}.png"
-        view_grid(path, job.view_data()[0][0], names=slot_names(job.generation.bank))
-        pictures.append(Picture(f"First batch: {name}", "Views as the objective sees them.", path))
-    curves = folder / "loss.png"
-    loss_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
-    pictures.append(Picture("Training", curves_caption(list(jobs.values())), curves))
+        pictures.append(
+            Picture(f"First batch: {name}", "Views as the objective sees them.", job.first_batch())
+        )
+    curves = folder / "training.png"
+    training_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
+    captions = [caption(list(jobs.values())) for caption in (curves_caption, monitor_caption)]
+    pictures.append(Picture("Training", " ".join(filter(None, captions)), curves))
     describe = descriptions or {}
     arms = [Arm(name, describe.get(name, ""), results[name]) for name in jobs]
     record = environment()
@@ -89,6 +91,20 @@ def curves_caption(jobs: Sequence[Pipeline]) -> str:
         "Loss of the pre-training. The arms differ in views or objective and so solve tasks of different "
         "difficulty on one axis: a lower curve does not mean a better encoder."
     )
+
+
+def monitor_caption(jobs: Sequence[Pipeline]) -> str:
+    """What the curves of the monitors show, and of what they warned; empty without a monitor."""
+    sentences = []
+    lines = {job.recipe.name: read_metrics(job.metrics_path) for job in jobs}
+    if any("effective_rank" in line for found in lines.values() for line in found):
+        sentences.append("Below it what the monitor saw of the encoder, on training and validation images.")
+    for name, found in lines.items():
+        sentences += [
+            f"Warning: {warning} of {name}, from step {step} on."
+            for warning, step in first_warnings(found).items()
+        ]
+    return " ".join(sentences)
 
 
 def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:

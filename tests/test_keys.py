@@ -18,6 +18,9 @@ from cfssl.engine import loop
 from cfssl.engine.checkpoint import save_checkpoint
 from cfssl.engine.loop import TrainSettings, loader
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
+from cfssl.errors import UserError
+from cfssl.evaluate import monitor
+from cfssl.evaluate.settings import MonitorSettings
 from cfssl.experiment import Recipe
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.pipeline import Pipeline
@@ -42,6 +45,7 @@ PHANTOM: dict[str, Any] = {
         "local": {"size": 32, "count": 4},
     },
     "objective": {"name": "simclr"},
+    "monitor": {"target": "disease"},
     "evaluate": [{"name": "knn", "target": "disease"}],
 }
 ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "disease"]}}
@@ -182,7 +186,9 @@ TOGETHER = {
     "views.local",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
-WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"}
+WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
+    f"monitor{key}" for key in ("", ".every", ".target", ".rows", ".stop_on_collapse")
+}
 
 
 def leaves(node: Any, path: str, met: set[str]) -> Iterator[tuple[str, Any]]:
@@ -369,3 +375,41 @@ def test_the_stated_workers_load_the_data(tmp_path: Path, monkeypatch: pytest.Mo
     run = Run(tmp_path, dataclasses.replace(CPU, workers=2), quiet=True)
     loop.fit(Regression(), Numbers(), TrainSettings(), run, "test")
     assert seen[0].num_workers == 2
+
+
+WATCHED = {
+    "name": "watched",
+    "data": {"name": "phantom_chest", "count": 240},
+    "backbone": {"name": "test_byobnet"},
+    "train": {"epochs": 2, "batch": 48},
+    "hardware": {"accelerator": "cpu"},
+}
+
+
+@pytest.mark.parametrize("name", fields(MonitorSettings))
+def test_every_setting_of_the_monitor_acts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what is seen, and never on the weights; a threshold makes every encoder a collapsed one."""
+    monkeypatch.setattr(monitor, "SMALLEST_STD", 10.0)
+
+    def watch(settings: MonitorSettings) -> tuple[list[Any], bool]:
+        runs = tmp_path / f"{settings == base}"
+        job = Pipeline(
+            parse_recipe(WATCHED | {"monitor": dataclasses.asdict(settings)}, "x"), runs, quiet=True
+        )
+        try:
+            job.objective  # noqa: B018
+        except UserError:
+            assert (job.encoder_stage.folder / "checkpoint.safetensors").is_file()
+            return read_metrics(job.metrics_path), True
+        return read_metrics(job.metrics_path), False
+
+    base = MonitorSettings(every=1, target="disease", rows=64)
+    value = {"target": "sex", "every": 2, "rows": 32, "stop_on_collapse": True}[name]
+    found, other = (watch(settings) for settings in (base, dataclasses.replace(base, **{name: value})))
+    losses = [[line for line in lines if "loss" in line] for lines, _ in (found, other)]
+    seen = [[line for line in lines if "collapse" in line] for lines, _ in (found, other)]
+    assert seen[0] != seen[1]
+    assert (found[1], other[1]) == (False, name == "stop_on_collapse")
+    assert losses[0][: len(losses[1])] == losses[1]

@@ -17,7 +17,7 @@ import torch
 import cfssl.production
 import cfssl.stages
 from cfssl import provenance
-from cfssl.engine.run import HardwareSettings, Run
+from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe, parse_recipe
@@ -214,6 +214,43 @@ def test_every_stage_computes_with_the_stated_threads_and_leaves_them_as_they_we
         job(tmp_path, hardware={"accelerator": "cpu", "threads": before + 1}).table  # noqa: B018
     assert seen == [before + 1]
     assert torch.get_num_threads() == before
+
+
+def test_a_monitor_changes_neither_keys_nor_weights(done: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(done.runs, tmp_path / "runs")
+    watched = job(tmp_path / "runs", monitor={"every": 1, "target": "disease"})
+    assert [stage.key for stage in watched.stages()] == [stage.key for stage in done.stages()]
+    shutil.rmtree(watched.encoder_stage.folder)
+    state, expected = watched.objective.state_dict(), done.objective.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    (seen,) = [line for line in read_metrics(watched.metrics_path) if "collapse" in line]
+    assert seen["collapse"] == []
+    assert 0 < seen["knn_auc"] < 1
+
+
+def test_the_first_batch_is_drawn_before_the_first_step(
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done.runs, tmp_path / "runs")
+    again = job(tmp_path / "runs")
+    drawn = again.encoder_stage.folder / "views.png"
+    assert drawn.is_file()
+    shutil.rmtree(again.encoder_stage.folder)
+
+    def refuse(*_: Any) -> None:
+        assert drawn.is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cfssl.pipeline.fit", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        again.objective  # noqa: B018
+
+
+def test_a_monitor_of_an_unknown_target_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"monitor\.target = 'diseas': no such attribute"):
+        job(tmp_path, monitor={"target": "diseas"}).table  # noqa: B018
+    with pytest.raises(UserError, match=r"monitor\.target = 'age': is continuous"):
+        job(tmp_path, monitor={"target": "age"}).table  # noqa: B018
 
 
 def test_training_stopped_in_the_middle_goes_on_to_the_same_weights(done: Pipeline, tmp_path: Path) -> None:
@@ -447,8 +484,9 @@ def test_wandb_receives_the_metrics_offline(tmp_path: Path, monkeypatch: pytest.
         evaluate=[],
         track="wandb",
         train={"epochs": 1, "batch": 48, "log_every": 1},
+        monitor={"target": "sex"},
     )
     tracked.objective  # noqa: B018  trains
     (folder,) = tracked.encoder_stage.folder.glob("wandb/offline-run-*")
     assert list(folder.glob("run-*.wandb"))
-    assert len(tracked.metrics_path.read_text().splitlines()) == 3
+    assert len(tracked.metrics_path.read_text().splitlines()) == 4  # 3 losses and a look

@@ -10,6 +10,7 @@ import pytest
 
 from cfssl.demo import run_demo
 from cfssl.errors import UserError
+from cfssl.evaluate import monitor
 from cfssl.evaluate.groups import (
     paired_difference,
     paired_gap,
@@ -19,7 +20,7 @@ from cfssl.evaluate.groups import (
 from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
-from cfssl.sheets import bank_sheet, slot_names, spread_over_domains
+from cfssl.sheets import bank_sheet, spread_over_domains
 from cfssl.summary import (
     compare,
     curves_caption,
@@ -28,6 +29,7 @@ from cfssl.summary import (
     print_result,
     report_of,
 )
+from cfssl.visualise.views import slot_names
 
 PLAIN: dict[str, Any] = {
     "name": "plain",
@@ -144,6 +146,14 @@ def test_losses_of_different_tasks_are_said_to_be_no_comparison(runs: Path) -> N
     assert "a lower curve does not mean a better encoder" in curves_caption(arms)
     again = job(runs, WITH_BANK, name="again", train={**WITH_BANK["train"], "seed": 1})
     assert curves_caption([arms[0], again]) == "Loss of the pre-training."
+
+
+def test_the_report_says_what_a_monitor_warned_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "SMALLEST_STD", 10.0)
+    watched = job(runs, PLAIN, name="watched", monitor={}, train={"epochs": 1, "batch": 48, "seed": 5})
+    text = report_of(watched).read_text()
+    assert "Warning: complete collapse of watched, from step 2 on." in text
+    assert "what the monitor saw" in text
 
 
 def test_a_value_without_interval_is_printed_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

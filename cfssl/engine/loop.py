@@ -10,7 +10,8 @@ with the same weights, bit for bit on the CPU.
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,6 +52,24 @@ class StepData(Protocol):
     def __len__(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What an observer saw: `content`, numbers for a line of metrics.jsonl, and in `stop` the sentence with
+    which training ends, if it must."""
+
+    content: dict[str, Any] = field(default_factory=dict)
+    stop: str | None = None
+
+
+class Observer(Protocol):
+    """Looks at the task every `every` steps, and after the last one. It is called with the step just done and
+    may put the task into eval mode, but must leave weights, buffers and random numbers as they are."""
+
+    @property
+    def every(self) -> int: ...
+    def __call__(self, step: int) -> Observation: ...
+
+
 @dataclass(frozen=True, config=STRICT)
 class TrainSettings:
     """AdamW with linear warm-up and cosine decay. `batch` images per optimiser step, in `accumulate` equal
@@ -76,11 +95,20 @@ class TrainSettings:
     checkpoint_every: Count = 500
 
 
-def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, label: str) -> bool:
-    """Trains `task` in place and returns whether it got to the end (False when `run.stop_at` came first).
+def fit(
+    task: nn.Module,
+    data: StepData,
+    settings: TrainSettings,
+    run: Run,
+    label: str,
+    observer: Observer | None = None,
+) -> bool:
+    """Trains `task` in place and returns whether it got to the end (False when `run.stop_at` came first). The
+    weights are the same with an `observer` and without.
 
     Continues from the run's checkpoint when there is one. Raises `UserError` when loss or weights stop being
-    finite, when the guard gives up, or when the checkpoint belongs to another task or schedule.
+    finite, when the guard gives up, when the checkpoint belongs to another task or schedule, or when the
+    observer says so, after a checkpoint.
     """
     from lightning_fabric import Fabric
 
@@ -182,15 +210,35 @@ def fit(task: nn.Module, data: StepData, settings: TrainSettings, run: Run, labe
                 skipped = {"skipped": guard.skipped} if guarded else {}
                 run.log({"step": step, **means, "lr": lr, **skipped})
                 bar.note = f"loss {means['loss']:.4f}"
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last:
+            stop = None
+            # Before the checkpoint: a line that it counts as written must not be lost to a kill in between.
+            if observer is not None and ((step + 1) % observer.every == 0 or step + 1 == steps):
+                with same_modes(task):
+                    seen = observer(step)
+                run.log({"step": step, **seen.content})
+                stop = seen.stop
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or stop is not None:
                 if not (meter.is_finite and all_finite(task)):
                     raise UserError(
                         f"{label}: loss or weights are not finite after step {step}; {run.checkpoint_path} "
                         f"keeps an earlier step. Lower the learning rate ({lr:.3g})."
                     )
                 save_checkpoint(run.checkpoint_path, snapshot(step + 1))
+            if stop is not None:
+                raise UserError(f"{label}: {stop} The checkpoint {run.checkpoint_path} holds this step.")
             bar.advance(items=sum(len(batch) for batch in micro_batches), waited=waited, note=bar.note)
     return last == steps
+
+
+@contextmanager
+def same_modes(task: nn.Module) -> Iterator[None]:
+    """Every part of `task` is in train or eval mode afterwards as it was before."""
+    modes = [(module, module.training) for module in task.modules()]
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
 
 
 def weight_decay_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

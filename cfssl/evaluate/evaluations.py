@@ -25,11 +25,11 @@ from cfssl.files import atomic_path
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 
-def lacking(table: ImageTable, target: str) -> list[str]:
+def lacking(table: ImageTable, target: str, splits: Sequence[str] = SPLITS) -> list[str]:
     """What keeps the discrete attribute `target` from being evaluated, in words: for each split the
     categories that no image with a known target has. Empty where there is nothing."""
     found = []
-    for split in SPLITS:
+    for split in splits:
         rows = table.rows(split, known=(target,))
         present = set(table.encode((target,), rows)[target].tolist())
         absent = [

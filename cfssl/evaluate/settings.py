@@ -31,6 +31,19 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class MonitorSettings:
+    """Looks at the encoder every `every` epochs of the pre-training, and at its end, on up to `rows` training
+    and `rows` validation images; test images are never seen. `target`: a binary or categorical attribute that
+    kNN and a linear probe predict; null uses no labels. `stop_on_collapse`: the first warning ends the
+    pre-training, and its checkpoint stays."""
+
+    every: Count = 5
+    target: str | None = None
+    rows: Annotated[int, Field(ge=16)] = 1000
+    stop_on_collapse: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
 class AuditSettings:
     """`judge`: the predictor that says what counterfactuals show; it is trained on real images alone and must
     be no guide of the fine-tuning, so give it another seed, and best the other half of the training images

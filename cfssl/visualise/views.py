@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 
+from cfssl.bank.store import Bank
 from cfssl.data.views import ViewBatch
 from cfssl.errors import UserError
 from cfssl.visualise import COLOURS
@@ -147,6 +148,14 @@ def view_grid(path: Path, batch: ViewBatch, names: Sequence[str], items: int = 8
         legend = [Key("outside of the stored image", swatch)]
     columns = [f"view {view}" for view in range(views)] * across
     draw(path, lines, columns, [("", views)] * across, legend)
+
+
+def slot_names(bank: Bank) -> list[str]:
+    """ "real", then do(...) of every slot."""
+    return [
+        "real",
+        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
+    ]
 
 
 def as_float(image: np.ndarray) -> np.ndarray:

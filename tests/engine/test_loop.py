@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfssl.data.views import ViewBatch, split
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
-from cfssl.engine.loop import TrainSettings, fit, weight_decay_groups
+from cfssl.engine.loop import Observation, TrainSettings, fit, weight_decay_groups
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
 from cfssl.models.backbone import BackboneSettings, create_backbone
@@ -105,6 +105,60 @@ def test_stopped_at_any_step_and_continued_it_ends_bitwise_equal(tmp_path: Path)
         train(folder, stop_at=min(stop + 5, 60))
         assert same_weights(train(folder), whole)
         assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+class Watch:
+    """Looks in eval mode, writes the norm of the weights down, and stops at `stop_at`."""
+
+    every = 9
+
+    def __init__(self, task: nn.Module, stop_at: int | None = None) -> None:
+        self.task, self.stop_at = task, stop_at
+
+    def __call__(self, step: int) -> Observation:
+        assert self.task.training
+        self.task.eval()
+        norm = sum(float(parameter.detach().square().sum()) for parameter in self.task.parameters())
+        return Observation({"norm": norm}, "enough." if step == self.stop_at else None)
+
+
+def watched(folder: Path, stop_at: int | None = None, watch_until: int | None = None) -> Regression:
+    task = Regression(norm=True)
+    settings = TrainSettings(lr=1e-2, log_every=7, checkpoint_every=13)
+    run = Run(folder, CPU, quiet=True, stop_at=stop_at)
+    fit(task, Numbers(), settings, run, "test", Watch(task, watch_until))
+    return task
+
+
+def test_training_is_the_same_with_an_observer_that_changes_modes(tmp_path: Path) -> None:
+    alone = Regression(norm=True)
+    settings = TrainSettings(lr=1e-2, log_every=7, checkpoint_every=13)
+    fit(alone, Numbers(), settings, Run(tmp_path / "alone", CPU, quiet=True), "test")
+    assert same_weights(watched(tmp_path / "watched"), alone)
+    lines = read_metrics(tmp_path / "watched" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "norm" in line] == [8, 17, 26, 35, 44, 53, 59]
+    assert [line for line in lines if "norm" not in line] == read_metrics(
+        tmp_path / "alone" / "metrics.jsonl"
+    )
+
+
+def test_a_resume_neither_repeats_nor_loses_what_an_observer_saw(tmp_path: Path) -> None:
+    whole = watched(tmp_path / "whole")
+    for stop in (9, 10, 31, 59):  # at, after and between looks
+        watched(tmp_path / f"{stop}", stop_at=stop)
+        assert same_weights(watched(tmp_path / f"{stop}"), whole)
+        found, expected = ((tmp_path / name / "metrics.jsonl").read_text() for name in (f"{stop}", "whole"))
+        assert found == expected
+
+
+def test_an_observer_that_stops_leaves_its_line_and_a_checkpoint_of_that_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"test: enough\. The checkpoint .* holds this step"):
+        watched(tmp_path / "stopped", watch_until=26)
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoint.safetensors")["step"] == 27
+    assert read_metrics(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == 26
+    assert same_weights(watched(tmp_path / "stopped"), watched(tmp_path / "whole"))
+    found, expected = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("stopped", "whole"))
+    assert found == expected
 
 
 KILLED = """
