@@ -73,9 +73,9 @@ CHOICE = (
     "since z then holds everything, but after 3 epochs of fine-tuning 1.1 / 3.1, .21 and 2.8"
 )
 # Number of cycles per way; a cycle of full_residual returns the image.
-COMPOSITIONS = {"network": (1, 10), "sampled": (1, 10), "unclamped": (1, 10), "full_residual": (1, 10)}
+COMPOSITIONS = {"network": (1, 10), "sampled": (1, 10), "unclamped": (1, 10), "full_residual": (1,)}
 REVERSIBILITIES = {"network": (1, 5), "sampled": (1,), "full_residual": (1,)}
-EFFECTS = ("network", "sampled", "full_residual")
+EFFECTS = ("network", "sampled")
 CHOSEN_BY = (
     *("composition_1", "composition_10"),
     *(f"{name}_mae_do_{changed}" for name in ("thickness", "intensity") for changed in VARIABLES),
