@@ -1,0 +1,176 @@
+"""When does a bad bank hurt, and does the gate notice?
+
+    python benchmarks/bank_quality.py [--jobs 2]
+
+phantom_chest, CF-SimCLR with banks of different quality against SimCLR without a bank, three pre-training
+seeds (every HVAE is trained anew for every seed): `oracle`, true counterfactuals; `good`, the HVAE of
+acquisition_shift.py; `poor`, the same after one epoch with beta 2 (the published ablation); `wrong_domain`,
+the good HVAE fitted at another hospital, where everybody on a later scanner is ill, so that its do(scanner)
+brings the disease along. Each bank is used as it is and behind a gate whose judge, trained on real images of
+this hospital, has to see the scanner that was set and the disease unchanged; a view that the gate rejects is
+replaced by the real image. Gains are AUC points over SimCLR. A bank is harmful where its gain over all
+scanners lies below 0 with its interval, and caught where the gate rejects more than half of its views.
+Resumable: everything lives in content-addressed stages.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pretraining import INTERVAL, ONE_THREAD, Task, Trials, make_all, minutes
+from record import figure, markdown_table, over_seeds, with_interval, write_results
+
+SEEDS = (0, 1, 2)
+FRACTIONS = (0.1, 1.0)
+SCANNERS = ("A", "B", "C", "D")
+RARE = ("C", "D")
+CAUGHT = 0.5  # rejected share
+QUALITIES = ("oracle", "good", "poor", "wrong_domain")
+WORLD = (
+    "data.count=6000",
+    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
+    "data.seed=1",
+    *ONE_THREAD,
+)
+POOR = ("generator.train.epochs=1", "generator.beta=2.0")
+ELSEWHERE = (
+    "data.count=6000",
+    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
+    "data.seed=2",
+    "data.rho=1.0",
+    *ONE_THREAD,
+)
+JUDGE = "{attributes: [scanner, disease], train: {seed: 100}}"
+GATE = (f"audit={{judge: {JUDGE}}}", "bank.gate={probability: 0.5, unchanged: {disease: 0.5}}")
+
+
+def evaluations(seed: int) -> str:
+    """The probe by scanner; every training seed has a labelled subset of its own, the same for all arms."""
+    fractions = ", ".join(map(str, FRACTIONS))
+    return (
+        f"evaluate=[{{name: linear_probe, target: disease, by: [scanner], fractions: [{fractions}], "
+        f"seeds: [{seed}]}}]"
+    )
+
+
+def elsewhere(seed: int) -> Task:
+    """The recipe whose generator learns at the other hospital."""
+    return Task("phantom_cf_simclr.yaml", (*ELSEWHERE, f"generator.train.seed={seed}"))
+
+
+def arms(runs: Path) -> dict[tuple[str, str, int], Task]:
+    """(world, bank, seed) -> task; worlds are plain, open and gated. The generators of the other hospital
+    have to be there."""
+    found: dict[tuple[str, str, int], Task] = {}
+    for seed in SEEDS:
+        own, made = (*WORLD, f"train.seed={seed}", evaluations(seed)), f"generator.train.seed={seed}"
+        found["plain", "simclr", seed] = Task("phantom_simclr.yaml", own)
+        stage = elsewhere(seed).pipeline(runs).generation.generator_stage
+        assert stage is not None
+        banks = {
+            "oracle": ("phantom_cf_simclr_oracle.yaml", ()),
+            "good": ("phantom_cf_simclr.yaml", (made,)),
+            "poor": ("phantom_cf_simclr.yaml", (made, *POOR)),
+            "wrong_domain": (
+                "phantom_cf_simclr.yaml",
+                (f"generator={{name: fitted, file: {stage.product.resolve()}}}",),
+            ),
+        }
+        for quality, (recipe, overrides) in banks.items():
+            found["open", quality, seed] = Task(recipe, (*own, *overrides))
+            found["gated", quality, seed] = Task(recipe, (*own, *overrides, *GATE))
+    return found
+
+
+def gains(trials: Trials) -> dict[str, dict[str, Any]]:
+    """`gain_QUALITY` on all scanners, `gain_rare_QUALITY`, the same with `_gated` and `_10_percent`."""
+    figures = {}
+    for quality in QUALITIES:
+        for world in ("open", "gated"):
+            for fraction in FRACTIONS:
+                suffix = "_gated" * (world == "gated") + "_10_percent" * (fraction < 1)
+                for name, groups in (("gain", SCANNERS), ("gain_rare", RARE)):
+                    found = trials.difference(
+                        (world, quality), ("plain", "simclr"), "scanner", groups, fraction
+                    )
+                    figures[f"{name}_{quality}{suffix}"] = found
+    return figures
+
+
+def rejections(trials: Trials) -> dict[str, dict[str, Any]]:
+    """`rejected_QUALITY`: the share of a bank's views that the gate rejects."""
+    figures = {}
+    for quality in QUALITIES:
+        shares = []
+        for seed in SEEDS:
+            gate = trials.jobs["gated", quality, seed].generation.bank.gate
+            assert gate is not None
+            shares.append(gate["rejected_share"])
+        figures[f"rejected_{quality}"] = over_seeds(shares, "share of the views")
+    return figures
+
+
+def caught(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`gate_catches_harmful`: 1 where every harmful bank is caught and no other one is; `harmful_banks`: how
+    many there are."""
+    harmful = {quality for quality in QUALITIES if figures[f"gain_{quality}"]["high"] < 0}
+    rejected = {quality for quality in QUALITIES if figures[f"rejected_{quality}"]["value"] > CAUGHT}
+    return {
+        "harmful_banks": figure(float(len(harmful)), unit="of four"),
+        "gate_catches_harmful": figure(float(harmful <= rejected), unit="1: yes, 0: no"),
+        "gate_spares_harmless": figure(float(rejected <= harmful), unit="1: yes, 0: no"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/bank_quality"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    options = parser.parse_args()
+    torch.set_num_threads(options.jobs)
+    away = [elsewhere(seed) for seed in SEEDS]
+    make_all(away, options.runs, options.jobs, verbs=("check", "fit"))
+    trials = Trials(arms(options.runs), SEEDS, options.runs)
+    make_all(trials.tasks.values(), options.runs, options.jobs)
+    figures = gains(trials) | rejections(trials)
+    figures |= caught(figures)
+    sections = ["## Disease AUC per scanner, mean over seeds (standard deviation)\n"]
+    shown = {"SimCLR": ("plain", "simclr")}
+    shown |= {f"CF-SimCLR, {quality}": ("open", quality) for quality in QUALITIES}
+    shown |= {f"CF-SimCLR, {quality}, gated": ("gated", quality) for quality in QUALITIES}
+    for fraction in reversed(FRACTIONS):
+        table = trials.auc_table(shown, "scanner", fraction)
+        sections.append(f"{100 * fraction:g} % of the labels\n\n{table}")
+    rows = []
+    for name, entry in figures.items():
+        digits = 1 if entry["unit"] == "AUC points" else 3
+        seeds = ", ".join(f"{value:.3g}" for value in entry["seeds"] or [])
+        rows.append([name, with_interval(entry, digits), entry["unit"], seeds])
+    sections.append("## Figures\n\n" + markdown_table(["figure", "value [95 %]", "unit", "seeds"], rows))
+    reference = trials.auc(("plain", "simclr"), "scanner")
+    protocol = {
+        "phantom": f"{', '.join(WORLD)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test (scanners "
+        "balanced)",
+        "poor": ", ".join(POOR),
+        "wrong_domain": f"generator of phantom_cf_simclr.yaml fitted on {', '.join(ELSEWHERE)}",
+        "gate": f"{', '.join(GATE)}; the judge has seen training images alone, with their recorded scanner "
+        "and disease, and so uses the probe's labels",
+        "budget": "equal epochs, batch, views, initial weights and order for all arms of a seed",
+        "selection": "C of the probe on validation AUC; last checkpoint",
+        "gain": f"mean over scanners {', '.join(SCANNERS)}; rare: {' and '.join(RARE)}; SimCLR: "
+        + ", ".join(f"{name} {np.mean(values):.3f}" for name, values in reference.items()),
+        "harmful": "gain over all scanners, all labels, below 0 with its interval; caught: more than half of "
+        "the views rejected",
+        "interval": INTERVAL,
+        "time": f"sum of the stages over {options.jobs} single-threaded processes side by side",
+    }
+    spent = minutes(trials.jobs.values(), options.jobs)
+    write_results("bank_quality", figures, protocol, SEEDS, spent, "\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
