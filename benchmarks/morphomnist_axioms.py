@@ -56,7 +56,7 @@ NETWORK = SmallNetworkSettings(widths=S_HVAE_32, latents=(16, 8, 4))
 BETA, SIGMA = 1.0, 0.02  # a fixed sigma, in units of [-1, 1]
 EPOCHS, LR, BATCH = 20, 2e-3, 32
 FINE_EPOCHS, FINE_LR, FINE_RESIDUAL = 6, 3e-4, 0.0
-JUDGE_EPOCHS = 20
+JUDGE_EPOCHS = 15
 
 SCORE_CODE = (
     *GENERATOR_CODE,

@@ -37,11 +37,13 @@ TEMPERATURES = (0.5, 10.0)  # below, heads that make no error in validation woul
 
 @dataclass(frozen=True, config=STRICT)
 class PredictorTrainSettings(TrainSettings):
-    """What suits some thousand images."""
+    """What suits some thousand images. The likelihood of a real-valued head is steep where its scale is
+    small, hence the clip."""
 
     epochs: Count = 20
     batch: Count = 64
     lr: Positive = 2e-3
+    clip: Positive | None = 10.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,7 +114,7 @@ class Head(nn.Module):
         out = self.linear(features).float()
         if not self.is_continuous:
             return out / self.temperature
-        return torch.stack([out[:, 0], out[:, 1].clamp(*LOG_SIGMA) + self.temperature.log()], dim=1)
+        return torch.stack([out[:, 0], softly_clamped(out[:, 1], *LOG_SIGMA) + self.temperature.log()], dim=1)
 
     def nll(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `AttributePredictor.nll`."""
@@ -129,6 +131,13 @@ class Head(nn.Module):
             self.temperature *= residual.square().mean().sqrt().clamp_min(1e-3)
         else:
             self.temperature.fill_(best_temperature(out * self.temperature, target))
+
+
+def softly_clamped(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Between `low` and `high`, with a gradient everywhere: a hard clamp has none beyond a bound, so that a
+    scale which one bad step threw there would stay for ever."""
+    above = low + nn.functional.softplus(value - low)
+    return high - nn.functional.softplus(high - above)
 
 
 class PredictorNetwork(nn.Module):

@@ -15,7 +15,7 @@ from cfssl.engine.checkpoint import save_checkpoint
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
 from cfssl.measure import AttributePredictor, PredictorSettings, PredictorTrainSettings
-from cfssl.measure.predictor import TEMPERATURES, best_temperature
+from cfssl.measure.predictor import LOG_SIGMA, TEMPERATURES, best_temperature, softly_clamped
 from cfssl.seeds import torch_generator
 
 NAMES = ("sex", "scanner", "age")
@@ -48,6 +48,26 @@ def fitted(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> Attri
 
 def images(count: int = 5) -> torch.Tensor:
     return torch.rand(count, 1, 64, 64, generator=torch_generator("images")) * 2 - 1
+
+
+def test_a_scale_beyond_its_bounds_finds_back() -> None:
+    low, high = LOG_SIGMA
+    value = torch.linspace(low - 8, high + 8, 501, requires_grad=True)
+    bounded = softly_clamped(value, low, high)
+    (slope,) = torch.autograd.grad(bounded.sum(), value)
+    assert low <= bounded.min()
+    assert bounded.max() <= high
+    assert (slope > 1e-4).all()
+    inside = (value > low + 3) & (value < high - 3)
+    torch.testing.assert_close(bounded[inside], value[inside], atol=0.1, rtol=0)
+    log_sigma = torch.tensor([high + 5.0], requires_grad=True)  # thrown there by one bad step
+    optimizer = torch.optim.Adam([log_sigma], lr=0.1)
+    for _ in range(200):
+        scale = softly_clamped(log_sigma, low, high)
+        (scale + 0.5 * (0.1 / scale.exp()) ** 2).sum().backward()  # -log N of a residual of 0.1
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(softly_clamped(log_sigma, low, high).item() - np.log(0.1)) < 0.1
 
 
 @torch.no_grad()
