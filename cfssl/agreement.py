@@ -180,6 +180,10 @@ def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     except UserError as error:
         found.append(str(error))
     try:
+        recipe.views.refuse_colours(table.images.shape[0])
+    except UserError as error:
+        found.append(str(error))
+    try:
         if recipe.backbone.drop_path:  # not every model has it
             channels, size = recipe.views.shape(table.images.shape)
             create_backbone(replace(recipe.backbone, pretrained=False), channels, size, seed=0)

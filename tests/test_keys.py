@@ -43,6 +43,8 @@ PHANTOM: dict[str, Any] = {
     "views": {
         "counterfactual": {"variable": "scanner", "view": [0, 1], "probability": 0.5},
         "local": {"size": 32, "count": 4},
+        "intensity": {"probability": 0.5},
+        "second_photometric": {},
     },
     "objective": {"name": "simclr"},
     "monitor": {"target": "disease"},
@@ -149,12 +151,14 @@ OTHERS: dict[str, Any] = {
     "audit.segmentor.part": "first",
     "audit.split": "test",
     "bank.do": {"scanner": ["A", "B"]},
-    "views.count": 3,
+    "views.count": 4,
+    "views.local.count": 2,
     "views.size": 32,
     "views.border": "reflect",
     "views.counterfactual.variable": "disease",
     "views.counterfactual.view": [1, 0],
     "views.counterfactual.target": {"A": 1.0},
+    "views.intensity.view": [1, 0],
     "objective.target": "sex",
     "backbone.name": "resnet34",
     "evaluate": [{"name": "knn", "target": "dx"}],
@@ -184,6 +188,8 @@ TOGETHER = {
     "audit",
     "views.counterfactual",
     "views.local",
+    "views.intensity",
+    "views.second_photometric",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
@@ -284,9 +290,9 @@ def test_every_geometry_setting_acts(name: str) -> None:
 @pytest.mark.parametrize("name", fields(PhotometricSettings))
 def test_every_photometric_setting_acts(name: str) -> None:
     on = {field: 0.6 for field in fields(PhotometricSettings) if field.endswith("_probability")}
-    base = PhotometricSettings(**on, gamma=0.3, blur_sigma=(0.5, 2.0))
+    base = PhotometricSettings(**on, gamma=0.3, blur_sigma=(0.5, 2.0), saturation=0.3, hue=0.1)
     other = dataclasses.replace(base, **{name: another(name, getattr(base, name))})
-    view = numpy_generator(0).random((32, 32, 1), dtype=np.float32)
+    view = numpy_generator(0).random((32, 32, 3), dtype=np.float32)
     first, second = (
         np.stack([Photometric(settings)(view, seed) for seed in range(30)]) for settings in (base, other)
     )

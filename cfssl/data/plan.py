@@ -11,10 +11,13 @@ learning (Roschewitz et al. 2024, 2025) and its controls are
 | CF-DINO               | {variable: scanner, shared: true}            | real          | cf, chance p  |
 | SimCLR+, DINO+        | {variable: scanner, view: all, shared: true} | cf, chance p  | the same      |
 | CF-SimCLR on PadChest | {variable: scanner, probability: 1}          | real          | cf            |
+| random intensity      | none, but `intensity: {probability: p}`      | real          | curve, chance |
+|                       | (with `shared: true` for DINO)               |               | p             |
 
 The first half of the global and of the local views shows A, the second half B: `view: second_half`, the
 default, is view 1 of 2, and with 2 global and 8 local views 1, 6, 7, 8 and 9. `shared` makes all of them show
-the one image B.
+the one image B. The control "random intensity" asks whether counterfactuals do more than any change of
+intensity would: B is the real image, seen through a random tone curve that knows no scanner.
 
 p = 1 - 1/D with a uniform target makes the marginal domain of the counterfactual view uniform ("balanced").
 D counts the categories of the attribute, of several attributes their combinations, and the bank has to hold
@@ -29,7 +32,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from cfssl.errors import UserError
-from cfssl.settings import STRICT, NonNegative, Probability
+from cfssl.settings import STRICT, NonNegative, Probability, Share
 
 Domain = tuple[str, ...]  # one value of each variable of a plan
 
@@ -94,6 +97,18 @@ class CounterfactualPlan:
                 f"{{{self.variable}: all}}, or give probability a number."
             )
         return 1 - 1 / len(categories)
+
+
+@dataclass(frozen=True, config=STRICT)
+class IntensityPlan:
+    """Which views show their image through a random tone curve (augment.py), before their own look; see the
+    table. `probability`: of doing so. `view`: as of a counterfactual plan. `strength`: by how much of the
+    range the curve moves at most. `shared`: one curve for all named views of an item."""
+
+    probability: Probability
+    view: Views = "second_half"
+    strength: Share = 0.25
+    shared: bool = False
 
 
 def view_numbers(view: Views, shared: bool, count: int, local: int = 0) -> tuple[int, ...]:

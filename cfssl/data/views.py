@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cfssl.data.augment import Photometric, PhotometricSettings
+from cfssl.data.augment import Photometric, PhotometricSettings, tone_curve
 from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp
 from cfssl.data.order import EpochOrder
-from cfssl.data.plan import CounterfactualPlan, SlotPlan, ViewSource, view_numbers
+from cfssl.data.plan import CounterfactualPlan, IntensityPlan, SlotPlan, ViewSource, view_numbers
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed, numpy_generator
 from cfssl.settings import STRICT, Count, ShareRange
@@ -81,23 +81,47 @@ class LocalViewSettings:
 @dataclass(frozen=True, config=STRICT)
 class ViewSettings:
     """`count` views per image of `size` pixels (None: the stored size), with independent geometry and
-    look; `local` adds smaller ones."""
+    look; `local` adds smaller ones. `second_photometric`: the look of half of the `count` views, drawn per
+    item, so that it does not tell which of them are counterfactual (DINO's two looks)."""
 
     count: Count = 2
     size: Count | None = None
     local: LocalViewSettings | None = None
     counterfactual: CounterfactualPlan | None = None
+    intensity: IntensityPlan | None = None
     geometry: GeometrySettings = Field(default_factory=GeometrySettings)
     photometric: PhotometricSettings = Field(default_factory=PhotometricSettings)
+    second_photometric: PhotometricSettings | None = None
     border: Literal["constant", "reflect"] = "constant"
 
     def __post_init__(self) -> None:
-        if self.counterfactual is not None:
-            local = self.local.count if self.local else 0
+        for name in ("counterfactual", "intensity"):
             try:
-                view_numbers(self.counterfactual.view, self.counterfactual.shared, self.count, local)
+                self.numbers(getattr(self, name))
             except ValueError as error:
-                raise ValueError(f"counterfactual.{error}") from None
+                raise ValueError(f"{name}.{error}") from None
+        if self.second_photometric is not None and self.count < 2:
+            raise ValueError("second_photometric is the look of half of the views, and there is 1; drop it")
+
+    def numbers(self, plan: CounterfactualPlan | IntensityPlan | None) -> tuple[int, ...]:
+        """The numbers of the views that a plan names; the local ones follow on the global ones."""
+        if plan is None:
+            return ()
+        return view_numbers(plan.view, plan.shared, self.count, self.local.count if self.local else 0)
+
+    def refuse_colours(self, channels: int) -> None:
+        """Raises `UserError` for looks that change the colours of images without any."""
+        looks = {
+            "photometric": self.photometric,
+            "second_photometric": self.second_photometric,
+            "local.photometric": self.local.photometric if self.local else None,
+        }
+        for name, look in looks.items():
+            if look is not None and look.colours and channels != 3:
+                raise UserError(
+                    f"views.{name}.{look.colours[0]} changes colours, which needs 3 channels, but the images "
+                    f"have {channels}; set it to 0."
+                )
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
         """Channels and (height, width) of the views of images of the shape `stored` (C, H, W)."""
@@ -141,6 +165,7 @@ class ViewData:
         self.plan = SlotPlan(
             source, settings.count, settings.counterfactual, categories, local.count if local else 0
         )
+        settings.refuse_colours(source.shape[0])
         self.kinds = [_Kind(settings, 0, settings.shape(source.shape)[1])]
         if local is not None:
             self.kinds.append(_Kind(local, settings.count, (local.size, local.size)))
@@ -156,15 +181,32 @@ class ViewData:
         shown, place = np.unique(position * (slots.max() + 1) + slots, return_inverse=True)
         position, slot = np.divmod(shown, slots.max() + 1)
         stored = self.source.gather(items[position], slot[:, None])[:, 0]  # (n, C, H, W)
-        place = place.reshape(slots.shape)
-        scale = np.float32(1 / np.iinfo(stored.dtype).max)
+        place, highest = place.reshape(slots.shape), np.iinfo(stored.dtype).max
+        curves = self._curves(step, len(items), np.arange(highest + 1) / highest)
 
         def image(position: int, view: int) -> np.ndarray:
             """(H, W, C) float32 in [0, 1] of the stored integers (C, H, W)."""
-            return stored[place[position, view]].transpose(1, 2, 0).astype(np.float32) * scale
+            levels = stored[place[position, view]].transpose(1, 2, 0)
+            curve = curves.get((position, view))
+            return levels.astype(np.float32) * np.float32(1 / highest) if curve is None else curve[levels]
 
         whole, *others = [self._cut(kind, step, items, slots, image) for kind in self.kinds]
         return split(replace(whole, local=others[0]) if others else whole, self.accumulate)
+
+    def _curves(self, step: int, count: int, levels: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+        """The value of every grey level in the views of the step that the intensity plan changes, by
+        (position, view)."""
+        plan, numbers = self.settings.intensity, self.settings.numbers(self.settings.intensity)
+        if plan is None:
+            return {}
+        together = [numbers] if plan.shared else [(number,) for number in numbers]
+        applied = numpy_generator(self.seed, "intensity", step).random((count, len(together)))
+        curves = {}
+        for position, draw in np.argwhere(applied < plan.probability).tolist():
+            rng = numpy_generator(self.seed, "tone", step, position, together[draw][0])
+            curve = tone_curve(rng, plan.strength, levels)
+            curves.update({(position, view): curve for view in together[draw]})
+        return curves
 
     def _cut(
         self,
@@ -180,6 +222,7 @@ class ViewData:
         rng = numpy_generator(self.seed, "local geometry" if kind.is_local else "geometry", step)
         affines = sample_affines(rng, len(items) * kind.count, geometry, width / height)
         affines = affines.reshape(len(items), kind.count, 2, 3)
+        look = kind.draw_looks(numpy_generator(self.seed, "looks", step), len(items))
         images = np.empty((len(items), kind.count, channels, *kind.size), dtype=np.float32)
         for position in range(len(items)):
             for place, view in enumerate(kind.numbers):
@@ -193,7 +236,7 @@ class ViewData:
                     warped = warp(source, affines[position, place], kind.size, border)
                 warped = warped.reshape(*kind.size, -1)  # OpenCV drops a single channel
                 seed = derive_seed(self.seed, "look", step, position, view)
-                images[position, place] = kind.look(warped, seed).transpose(2, 0, 1)
+                images[position, place] = look[position][place](warped, seed).transpose(2, 0, 1)
         valid = valid_mask(affines.reshape(-1, 2, 3), kind.size, (height, width))
         chosen = torch.from_numpy(slots[:, kind.numbers])
         return ViewBatch(
@@ -213,7 +256,14 @@ class _Kind:
     def __init__(self, settings: ViewSettings | LocalViewSettings, first: int, size: tuple[int, int]) -> None:
         self.settings, self.size, self.is_local = settings, size, first > 0
         self.count, self.numbers = settings.count, list(range(first, first + settings.count))
+        second = settings.second_photometric if isinstance(settings, ViewSettings) else None
         self.look = Photometric(settings.photometric)
+        self.second_look = self.look if second is None else Photometric(second)
+
+    def draw_looks(self, rng: np.random.Generator, items: int) -> list[list[Photometric]]:
+        """Of every view of every item: half of them have the second look, of two a fair coin says which."""
+        is_second = rng.random((items, self.count)).argsort(axis=1) < self.count // 2
+        return [[self.second_look if second else self.look for second in item] for item in is_second]
 
 
 def is_constant(view: np.ndarray, affine: np.ndarray, source_size: tuple[int, int]) -> bool:

@@ -1,7 +1,7 @@
 """View plans give exactly the pairs of the papers; batches are a pure function of seed and step."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from cfssl.data.augment import PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, grid, to_source, to_view
-from cfssl.data.plan import CounterfactualPlan, SlotPlan
+from cfssl.data.plan import CounterfactualPlan, IntensityPlan, SlotPlan
 from cfssl.data.views import (
     LocalGeometrySettings,
     LocalViewSettings,
@@ -390,6 +390,124 @@ def test_what_lies_outside_of_the_image_makes_no_crop_interesting() -> None:
     view[:, 3:5] = 0
     assert is_constant(view[..., None], shifted, (8, 8))
     assert is_constant(view, outside, (8, 8))
+
+
+BLURRED = PhotometricSettings(brightness=0, contrast=0, blur_sigma=(1, 1), blur_probability=1)
+SHARP = PhotometricSettings(brightness=0, contrast=0)
+
+
+def roughness(images: torch.Tensor) -> torch.Tensor:
+    """(B, V): mean absolute difference of neighbouring pixels."""
+    return images.diff(dim=-1).abs().mean((2, 3, 4))
+
+
+def test_a_fair_coin_per_item_says_which_view_has_the_second_look() -> None:
+    """And it does not know which of them is counterfactual."""
+    whole = GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1))
+    plan = CounterfactualPlan(variable="scanner", probability=0.5)
+    settings = ViewSettings(
+        counterfactual=plan, geometry=whole, photometric=SHARP, second_photometric=BLURRED
+    )
+    data = ViewData(NoiseSource(), settings, batch=400, epochs=5, seed=0)
+    batches = [data[step][0] for step in range(5)]
+    blurred = torch.cat([roughness(batch.images) < 0.2 for batch in batches])  # noise has 1/3
+    assert (blurred.sum(1) == 1).all()
+    assert blurred[:, 0].float().mean().item() == pytest.approx(0.5, abs=0.045)  # four standard errors
+    is_counterfactual = torch.cat([batch.is_counterfactual[:, 1] for batch in batches])
+    for kind in (False, True):
+        share = blurred[is_counterfactual == kind, 1].float().mean().item()
+        assert share == pytest.approx(0.5, abs=0.065)
+    # the second look takes the place of the first, and changes nothing else
+    (one,) = ViewData(NoiseSource(), replace(settings, photometric=BLURRED), 400, 1, seed=0)[0]
+    (other,) = ViewData(
+        NoiseSource(), replace(settings, photometric=BLURRED, second_photometric=None), 400, 1, seed=0
+    )[0]
+    assert same(one, other)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 1), (4, 2)])
+def test_half_of_more_views_have_the_second_look_each_as_often(count: int, expected: int) -> None:
+    settings = ViewSettings(
+        count=count,
+        geometry=GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1)),
+        photometric=SHARP,
+        second_photometric=BLURRED,
+    )
+    (batch,) = ViewData(NoiseSource(), settings, batch=400, epochs=1, seed=0)[0]
+    blurred = roughness(batch.images) < 0.2
+    assert (blurred.sum(1) == expected).all()
+    np.testing.assert_allclose(blurred.float().mean(0), expected / count, atol=0.1)
+
+
+def intensity_settings(**plan: Any) -> ViewSettings:
+    """Whole views of the stored size, unchanged but for the tone curve."""
+    whole = GeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=0)
+    local = LocalViewSettings(
+        size=16,
+        count=4,
+        geometry=LocalGeometrySettings(crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=0),
+        photometric=SHARP,
+    )
+    return ViewSettings(
+        geometry=whole, photometric=SHARP, local=local, border="reflect", intensity=IntensityPlan(**plan)
+    )
+
+
+def test_random_intensity_changes_grey_levels_of_view_b_alone_and_as_often_as_stated() -> None:
+    """The control of CF-SimCLR: everything is real, and no two curves agree."""
+    source = NoiseSource()
+    data = ViewData(source, intensity_settings(probability=0.8), batch=400, epochs=2, seed=0)
+    (batch,) = data[0]
+    stored = torch.from_numpy(source.gather((batch.row - 1000).numpy(), np.zeros((400, 1), int))) / 255
+    changed = torch.cat(
+        [(views.images - stored).abs().amax((2, 3, 4)) > 1e-3 for views in (batch, batch.local)], dim=1
+    )  # (B, 2 + 4)
+    image_b = [1, 4, 5]
+    assert not batch.is_counterfactual.any()
+    assert not changed[:, [0, 2, 3]].any()
+    share = changed[:, image_b].float().mean(0)
+    np.testing.assert_allclose(share, 0.8, atol=0.08)  # four standard errors
+    together = (changed[:, 1] & changed[:, 4]).float().mean().item()
+    assert together == pytest.approx(0.64, abs=0.1)  # each draws for itself
+    for item in range(20):  # one increasing curve per view
+        before, after = stored[item].flatten(), batch.images[item, 1].flatten()
+        assert (after[before.argsort()].diff() > -1e-5).all()
+    curves = batch.images[changed[:, 1], 1].flatten(1)
+    assert len(curves.unique(dim=0)) == len(curves)
+    assert same(data[0][0].local, batch.local)
+    assert not torch.equal(data[1][0].images, batch.images)
+
+
+def test_shared_random_intensity_is_one_curve_for_all_views_of_b() -> None:
+    settings = intensity_settings(probability=0.8, shared=True)
+    (batch,) = ViewData(NoiseSource(), settings, batch=100, epochs=1, seed=0)[0]
+    np.testing.assert_allclose(batch.local.images[:, 2], batch.images[:, 1], atol=1e-6)
+    np.testing.assert_allclose(batch.local.images[:, 3], batch.images[:, 1], atol=1e-6)
+    assert (batch.images[:, 0] - batch.images[:, 1]).abs().amax((1, 2, 3)).gt(1e-3).float().mean() > 0.6
+
+
+def test_random_intensity_is_stronger_as_stated_and_leaves_everything_else() -> None:
+    changes = []
+    for strength in (0.05, 0.4):
+        settings = intensity_settings(probability=1, strength=strength)
+        (batch,) = ViewData(NoiseSource(), settings, batch=100, epochs=1, seed=0)[0]
+        (plain,) = ViewData(NoiseSource(), replace(settings, intensity=None), batch=100, epochs=1, seed=0)[0]
+        assert torch.equal(batch.images[:, 0], plain.images[:, 0])
+        assert all(map(torch.equal, tensors(batch)[1:], tensors(plain)[1:]))
+        changes.append((batch.images - plain.images)[:, 1].abs().mean().item())
+    assert changes[1] > 3 * changes[0]
+
+
+def test_colours_are_for_images_that_have_them() -> None:
+    for name in ("photometric", "second_photometric"):
+        settings = ViewSettings(**{name: PhotometricSettings(saturation=0.2)})
+        with pytest.raises(UserError, match=f"views.{name}.saturation changes colours.*have 1"):
+            ViewData(MemorySource(), settings, batch=10, epochs=1, seed=0)
+    local = LocalViewSettings(size=8, photometric=PhotometricSettings(grey_probability=0.2))
+    with pytest.raises(UserError, match=r"views.local.photometric.grey_probability"):
+        ViewData(MemorySource(), ViewSettings(local=local), batch=10, epochs=1, seed=0)
+    with pytest.raises(ValueError, match="there is 1"):
+        ViewSettings(count=1, second_photometric=PhotometricSettings())
 
 
 def test_micro_batches_are_the_same_views_cut_in_four() -> None:
