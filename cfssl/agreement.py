@@ -11,8 +11,9 @@ from cfssl.generators import create_generator
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
-from cfssl.models.backbone import check_backbone, create_backbone
-from cfssl.objectives.supervised import SupervisedSettings
+from cfssl.models.backbone import check_backbone, check_size, create_backbone
+from cfssl.objectives import coded_columns, known_attributes
+from cfssl.objectives.dinov2 import DINOv2Settings, check_masking
 
 
 def check_against_table(recipe: Recipe, table: ImageTable) -> None:
@@ -55,8 +56,15 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
                 for name in settings.structures
                 if name not in table.mask_names
             ]
-    if isinstance(recipe.objective, SupervisedSettings):
-        known("objective.target", recipe.objective.target, discrete)
+    targets = known_attributes(recipe.objective)
+    for name in targets:
+        known("objective.target", name, discrete)
+    for name in coded_columns(recipe.objective):
+        if name not in table.coded_names:
+            mistakes.append(
+                f"objective.false_negatives = {name!r}: neither a discrete attribute nor the group"
+                f"{nearest(name, table.coded_names)}"
+            )
     for index, evaluation in enumerate(recipe.evaluate):
         path = f"evaluate[{index}].target"
         known(path, evaluation.target, discrete)
@@ -80,10 +88,9 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         check_backbone(recipe.backbone.name)
     except UserError as error:
         mistakes.append(str(error))
-    labelled = recipe.objective.target if isinstance(recipe.objective, SupervisedSettings) else None
-    usable = table.rows("train", known=[labelled] if labelled and labelled in table.attributes else [])
+    usable = table.rows("train", known=[name for name in targets if name in table.attributes])
     if len(usable) < recipe.train.batch:
-        images = f"{len(usable)} images" + (f" with a known {labelled!r}" if labelled else "")
+        images = f"{len(usable)} images" + "".join(f" with a known {name!r}" for name in targets)
         mistakes.append(f"train.batch = {recipe.train.batch}: the training split has only {images}")
     if not mistakes:  # names that exist are needed to build anything
         mistakes += [*generator_mistakes(recipe, table), *view_mistakes(recipe, table)]
@@ -170,7 +177,8 @@ def area_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
 
 
 def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
-    """What the view plan asks of a bank that will not hold it, and of an encoder that does not have it."""
+    """What the view plan asks of a bank that will not hold it, looks of images without colours, and views and
+    objective of an encoder."""
     found = []
     plan = recipe.views.counterfactual
     try:
@@ -183,10 +191,23 @@ def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
         recipe.views.refuse_colours(table.images.shape[0])
     except UserError as error:
         found.append(str(error))
+    return found + encoder_mistakes(recipe, table)
+
+
+def encoder_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What views and objective ask of an encoder that does not have it."""
+    backbone, local, objective = recipe.backbone, recipe.views.local, recipe.objective
+    if not (backbone.drop_path or backbone.options or local or isinstance(objective, DINOv2Settings)):
+        return []
+    channels, size = recipe.views.shape(table.images.shape)
+    sizes = [size, (local.size, local.size)] if local else [size]
     try:
-        if recipe.backbone.drop_path:  # not every model has it
-            channels, size = recipe.views.shape(table.images.shape)
-            create_backbone(replace(recipe.backbone, pretrained=False), channels, size, seed=0)
+        settings = replace(backbone, pretrained=False)
+        encoder = create_backbone(settings, channels, size, seed=0, any_size=local is not None)
+        for each in sizes:
+            check_size(encoder, settings.name, channels, each)
+        if isinstance(objective, DINOv2Settings):
+            check_masking(objective, encoder)
     except UserError as error:
-        found.append(str(error))
-    return found
+        return [str(error)]
+    return []

@@ -23,8 +23,8 @@ from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
+from cfssl.objectives import ObjectiveSettings, comparison, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
-from cfssl.objectives.supervised import SupervisedSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
 GeneratorSettings = HVAESettings | OracleSettings
@@ -42,7 +42,7 @@ class Recipe(BaseModel):
     bank: BankSettings = Field(default_factory=BankSettings)
     audit: AuditSettings | None = None
     views: ViewSettings = Field(default_factory=ViewSettings)
-    objective: Annotated[SimCLRSettings | SupervisedSettings, Field(discriminator="name")] = Field(
+    objective: Annotated[ObjectiveSettings, Field(discriminator="name")] = Field(
         default_factory=SimCLRSettings
     )
     backbone: BackboneSettings = Field(default_factory=BackboneSettings)
@@ -160,14 +160,14 @@ def bank_problems(recipe: Recipe) -> list[str]:
 def training_problems(recipe: Recipe) -> list[str]:
     """Of batches, micro-batches and the objective."""
     found = []
-    if isinstance(recipe.objective, SimCLRSettings) and recipe.views.count != 2:
-        found.append(f"objective simclr takes 2 views, but views.count is {recipe.views.count}")
-    if isinstance(recipe.objective, SimCLRSettings) and recipe.train.accumulate > 1:
-        part = recipe.train.batch // recipe.train.accumulate
+    name, views, accumulate = recipe.objective.name, takes_views(recipe.objective), recipe.train.accumulate
+    if views is not None and recipe.views.count != views:
+        found.append(f"objective {name} takes {views} views, but views.count is {recipe.views.count}")
+    if accumulate > 1 and (compared := comparison(recipe.objective)):
         found.append(
-            f"train.accumulate is {recipe.train.accumulate}, but objective simclr compares the images of a "
-            f"micro-batch with each other, {part} instead of the {recipe.train.batch} of train.batch; set "
-            "train.accumulate: 1 and choose train.batch to fit the memory"
+            f"train.accumulate is {accumulate}, but {compared} compares the images of a micro-batch with "
+            f"each other, {recipe.train.batch // accumulate} instead of the {recipe.train.batch} of "
+            "train.batch; set train.accumulate: 1 and choose train.batch to fit the memory"
         )
     for path, train in recipe.trainings().items():
         if train.batch % train.accumulate:

@@ -17,6 +17,7 @@ from torch import nn
 
 from cfssl.agreement import check_against_table
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
+from cfssl.data.order import EpochOrder
 from cfssl.data.plan import ViewSource
 from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewData
@@ -30,7 +31,7 @@ from cfssl.files import write_json
 from cfssl.generation import Generation
 from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder, refuse_used_folder
-from cfssl.objectives import create_objective
+from cfssl.objectives import coded_columns, create_objective, known_attributes
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
 from cfssl.provenance import environment
@@ -84,12 +85,10 @@ class Pipeline:
     def view_data(self) -> ViewData:
         """The batches of the pre-training, as functions of the step."""
         recipe, bank = self.recipe, self.generation.bank
-        names: tuple[str, ...] = ()
-        source: ViewSource = bank
-        if isinstance(recipe.objective, SupervisedSettings):
-            names = (recipe.objective.target,)
-            source = bank.subset(self.table.rows("train", known=names))
+        names = known_attributes(recipe.objective)
+        source: ViewSource = bank.subset(self.table.rows("train", known=names)) if names else bank
         attributes = self.table.encode(names, source.rows)
+        attributes |= {name: self.table.codes(name, source.rows) for name in coded_columns(recipe.objective)}
         train = recipe.train
         plan = recipe.views.counterfactual
         categories = self.table.attributes[plan.variable].categories if plan is not None else ()
@@ -109,11 +108,16 @@ class Pipeline:
         objective and seed."""
         recipe = self.recipe
         channels, size = recipe.views.shape(self.table.images.shape)
-        encoder = create_backbone(recipe.backbone, channels, size, recipe.train.seed)
+        several = recipe.views.local is not None
+        encoder = create_backbone(recipe.backbone, channels, size, recipe.train.seed, any_size=several)
         classes = None
         if isinstance(recipe.objective, SupervisedSettings):
             classes = len(self.table.attributes[recipe.objective.target].categories)
-        return create_objective(recipe.objective, encoder, classes, recipe.train.seed)
+        train, images = recipe.train, len(self.table.rows("train", known=known_attributes(recipe.objective)))
+        steps = len(EpochOrder(images, train.batch, train.epochs, train.seed))
+        return create_objective(
+            recipe.objective, encoder, train.seed, images=images, steps=steps, classes=classes
+        )
 
     @cached_property
     def objective(self) -> nn.Module:
@@ -190,4 +194,4 @@ class Pipeline:
             "encoder_key": self.encoder_stage.key,
             "data_fingerprint": self.table.fingerprint,
         }
-        export_encoder(self.encoder, folder, self.recipe.backbone.name, (channels, *size), provenance)
+        export_encoder(self.encoder, folder, self.recipe.backbone, (channels, *size), provenance)

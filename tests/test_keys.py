@@ -11,9 +11,11 @@ import pytest
 import torch
 from pydantic import BaseModel
 from torch import nn
+from view_toys import batch_of
 
 from cfssl.data.augment import Photometric, PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, sample_affines
+from cfssl.data.views import ViewBatch
 from cfssl.engine import loop
 from cfssl.engine.checkpoint import save_checkpoint
 from cfssl.engine.loop import TrainSettings, loader
@@ -22,7 +24,10 @@ from cfssl.errors import UserError
 from cfssl.evaluate import monitor
 from cfssl.evaluate.settings import MonitorSettings
 from cfssl.experiment import Recipe
-from cfssl.objectives.simclr import SimCLR, SimCLRSettings
+from cfssl.models.backbone import BackboneSettings, create_backbone
+from cfssl.objectives import create_objective
+from cfssl.objectives.dinov2 import DINOv2Settings
+from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
 from cfssl.seeds import numpy_generator, torch_generator
@@ -93,6 +98,7 @@ TABLE: dict[str, Any] = {
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
     "objective": {"name": "supervised", "target": "dx"},
 }
+DINO = PHANTOM | {"objective": {"name": "dinov2"}}
 TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube", "size": 32}}
 DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
 
@@ -160,7 +166,10 @@ OTHERS: dict[str, Any] = {
     "views.counterfactual.target": {"A": 1.0},
     "views.intensity.view": [1, 0],
     "objective.target": "sex",
+    "objective.false_negatives": "sex",
+    "objective.centring": "sinkhorn",
     "backbone.name": "resnet34",
+    "backbone.options": {"stem_width": 32},
     "evaluate": [{"name": "knn", "target": "dx"}],
     "evaluate.0.name": "linear_probe",
     "evaluate.0.target": "sex",
@@ -262,7 +271,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, ORACLE, PUBLISHED, TUNED, TABLE, TUBE, DIGITS):
+    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):
@@ -357,17 +366,56 @@ def test_every_training_setting_acts(name: str, tmp_path: Path, monkeypatch: pyt
     assert (checkpoints != other_checkpoints) == (name == "checkpoint_every")
 
 
-@pytest.mark.parametrize("name", [name for name in fields(SimCLRSettings) if name != "name"])
-def test_every_setting_of_simclr_acts(name: str) -> None:
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
-    encoder.num_features = 8  # type: ignore[assignment]
-    base = SimCLRSettings(hidden=16, output=8)
-    other = dataclasses.replace(base, **{name: another(name, getattr(base, name))})
-    first, second = (SimCLR(encoder, settings, seed=0) for settings in (base, other))
-    shapes = [{key: value.shape for key, value in task.state_dict().items()} for task in (first, second)]
-    temperatures = [task.loss.temperature for task in (first, second)]
-    assert (shapes[0] != shapes[1]) == (name != "temperature")
-    assert (temperatures[0] != temperatures[1]) == (name == "temperature")
+def objective_after_training(settings: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The state after four steps, and the losses of a batch afterwards."""
+    encoder = create_backbone(BackboneSettings("test_vit", options={"depth": 1, "patch_size": 8}), 1, 16, 0)
+
+    class Views:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, step: int) -> list[ViewBatch]:
+            images = torch.rand(8, 2, 1, 16, 16, generator=torch_generator("views", step))
+            return [batch_of(images, {"patient": torch.arange(8) // 2})]
+
+    task = create_objective(settings, encoder, 0, images=8000, steps=4)
+    run = Run(folder, CPU, quiet=True)
+    loop.fit(task, Views(), TrainSettings(warmup=0.0, final_lr_share=1.0), run, "test")
+    losses = {name: value.detach() for name, value in task.eval()(Views()[4][0], 4).items()}
+    return {**task.state_dict(), **losses}
+
+
+OBJECTIVES = {
+    "simclr": SimCLRSettings(hidden=16, output=8),
+    # with a setting for each of the steps to act on
+    "dinov2": DINOv2Settings(
+        prototypes=16, hidden=16, bottleneck=8, temperature_warmup=1.0, freeze_last_layer=0.3
+    ),
+}
+OTHER_OBJECTIVE = {
+    "false_negatives": "patient",
+    "prototypes": None,
+    "centring": "sinkhorn",
+    "freeze_last_layer": 0.8,
+    "mask_probability": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [(key, name) for key, value in OBJECTIVES.items() for name in fields(type(value)) if name != "name"],
+)
+def test_every_setting_of_an_objective_acts(objective: str, name: str, tmp_path: Path) -> None:
+    base = OBJECTIVES[objective]
+    value = OTHER_OBJECTIVE[name] if name in OTHER_OBJECTIVE else another(name, getattr(base, name))
+    other = dataclasses.replace(base, **{name: value})
+    first, second = (
+        objective_after_training(settings, tmp_path / str(index))
+        for index, settings in enumerate((base, other))
+    )
+    assert first.keys() != second.keys() or any(
+        first[key].shape != second[key].shape or not torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def test_the_stated_workers_load_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,16 @@ evaluate: [{name: linear_prob, target: disease}]
         ("views.local={count: 4}", "views.local.size is missing"),
         ("train.accumulate=3", "train.batch (256) is not a multiple of train.accumulate (3)"),
         ("train.accumulate=4", "train.accumulate is 4, but objective simclr compares"),
+        (
+            "objective={name: dinov2, centring: sinkhorn, koleo_weight: 0.0}\ntrain.accumulate=4",
+            "train.accumulate is 4, but objective dinov2 with centring sinkhorn compares",
+        ),
+        (
+            "objective.name=dinov2\ntrain.accumulate=4",
+            "objective dinov2 with koleo_weight 0.1 compares the images of a micro-batch with each other, 64",
+        ),
+        ("objective.name=dinov2\nviews.count=3", "dinov2 takes 2 views, but views.count is 3"),
+        ("backbone.options={img_size: 32}", "options holds ['img_size'], which follows from other keys"),
         ("views.counterfactual.view=[]", "view is []; name at least one view"),
         ("views.counterfactual.view=[1,1]", "view is [1, 1]; name at least one view, and each once"),
         ("views.counterfactual.shared=true", "counterfactual.shared acts on several views, and view names 1"),
@@ -98,7 +108,7 @@ evaluate: [{name: linear_prob, target: disease}]
 )
 def test_each_impossible_setting_is_named(tmp_path: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError, match="mistake") as caught:
-        load_recipe(write(tmp_path, SMALL), [override])
+        load_recipe(write(tmp_path, SMALL), override.split("\n"))
     assert expected in str(caught.value)
 
 
@@ -153,6 +163,8 @@ def test_each_impossible_guide_judge_or_gate_is_named(
 def test_accumulation_is_for_objectives_that_average_over_images(tmp_path: Path) -> None:
     supervised = ["objective={name: supervised, target: disease}", "train.accumulate=4"]
     assert load_recipe(write(tmp_path, SMALL), supervised).train.accumulate == 4
+    dinov2 = ["objective={name: dinov2, koleo_weight: 0.0}", "train.accumulate=4"]
+    assert load_recipe(write(tmp_path, SMALL), dinov2).train.accumulate == 4
 
 
 def test_overrides_reach_nested_keys_and_lists(tmp_path: Path) -> None:

@@ -246,6 +246,24 @@ class ImageTable:
             encoded[name] = torch.from_numpy(values)
         return encoded
 
+    def codes(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        """Codes (n,) long of a discrete attribute or of the group column, equal for equal values and -1 where
+        the value is missing. Raises `UserError` for other columns."""
+        if name == self.group:
+            return torch.from_numpy(pd.factorize(self._frame[name])[0].astype(np.int64)[rows])
+        if name not in self.attributes or self.attributes[name].kind == "continuous":
+            raise UserError(
+                f"Table {self.name!r} has no discrete attribute or group {name!r}"
+                f"{nearest(name, self.coded_names)}."
+            )
+        return torch.from_numpy(self._encoded(name)[rows])
+
+    @property
+    def coded_names(self) -> list[str]:
+        """The columns that `codes` takes."""
+        discrete = [name for name, attribute in self.attributes.items() if attribute.kind != "continuous"]
+        return discrete + ([self.group] if self.group is not None else [])
+
     def summary(self) -> list[AttributeSummary]:
         """One line per attribute, in the order of the table. Reads the frame."""
         lines = []

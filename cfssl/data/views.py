@@ -35,7 +35,7 @@ class ViewBatch:
     slot: torch.Tensor  # (B, V) long: which stored image the view shows, 0 = real, k = k-th do() of the bank
     affine: torch.Tensor  # (B, V, 2, 3) float32, view -> source in normalised pixel-centre coordinates
     valid: torch.Tensor  # (B, V, H, W) bool: the pixel is made of source pixels alone
-    attributes: dict[str, torch.Tensor]  # factual, (B,) each
+    attributes: dict[str, torch.Tensor]  # factual, (B,) each; a code of -1 is a missing value
     row: torch.Tensor  # (B,) long: row of the table
     labels: torch.Tensor | None = None  # (B, V, M, H, W) masks warped with the views
     local: Self | None = None  # further views of the same items, of a size of their own (multi-crop)

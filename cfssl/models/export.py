@@ -12,13 +12,18 @@ import torch
 from torch import nn
 
 from cfssl.errors import UserError
-from cfssl.models.backbone import feature_size, has_fixed_image_size
+from cfssl.models.backbone import BackboneSettings, feature_size, has_fixed_image_size
 
 
 def export_encoder(
-    encoder: nn.Module, folder: Path, name: str, shape: tuple[int, int, int], provenance: dict[str, Any]
+    encoder: nn.Module,
+    folder: Path,
+    backbone: BackboneSettings,
+    shape: tuple[int, int, int],
+    provenance: dict[str, Any],
 ) -> None:
-    """Writes `encoder`, a timm model called `name`, for images of `shape` (C, H, W) with pixels in [0, 1].
+    """Writes `encoder`, the timm model that `backbone` describes, for images of `shape` (C, H, W) with pixels
+    in [0, 1].
 
     `provenance` (JSON-serialisable) is kept under "cfssl" in config.json. The folder must not hold another
     model.
@@ -27,7 +32,7 @@ def export_encoder(
 
     refuse_used_folder(folder)
     config = {
-        "architecture": name,
+        "architecture": backbone.name,
         "num_classes": 0,
         "num_features": feature_size(encoder),
         # Stated, because a loader's default normalisation would silently shift every feature.
@@ -41,7 +46,8 @@ def export_encoder(
         },
         "model_args": {
             "in_chans": shape[0],
-            **({"img_size": list(shape[1:])} if has_fixed_image_size(name) else {}),
+            **backbone.options,
+            **({"img_size": list(shape[1:])} if has_fixed_image_size(backbone.name) else {}),
         },
         "cfssl": provenance,
     }

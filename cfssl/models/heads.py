@@ -1,5 +1,7 @@
 """Projection heads, from lightly, with an initialisation that is a function of a seed."""
 
+import warnings
+
 from torch import nn
 
 from cfssl.models.seeded import seeded
@@ -13,6 +15,18 @@ def simclr_head(features: int, hidden: int, output: int, batch_norm: bool, seed:
     return seeded(
         lambda: SimCLRProjectionHead(features, hidden, output, batch_norm=batch_norm), seed, "simclr_head"
     )
+
+
+def dino_head(
+    features: int, hidden: int, bottleneck: int, prototypes: int, seed: int, name: str
+) -> nn.Module:
+    """(..., features) -> (..., prototypes): three layers, normalised to length 1, and the weight-normalised
+    `last_layer` of the prototypes (Caron et al. 2021, appendix C)."""
+    from lightly.models.modules import DINOv2ProjectionHead
+
+    with warnings.catch_warnings():  # its weight normalisation is deprecated in torch
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*weight_norm")
+        return seeded(lambda: DINOv2ProjectionHead(features, hidden, bottleneck, prototypes), seed, name)
 
 
 def linear_head(features: int, classes: int, seed: int) -> nn.Module:

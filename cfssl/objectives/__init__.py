@@ -3,17 +3,61 @@ contract."""
 
 from torch import nn
 
+from cfssl.objectives.dinov2 import DINOv2, DINOv2Settings
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.objectives.supervised import Supervised, SupervisedSettings
 
-ObjectiveSettings = SimCLRSettings | SupervisedSettings
+ObjectiveSettings = SimCLRSettings | DINOv2Settings | SupervisedSettings
 
 
 def create_objective(
-    settings: ObjectiveSettings, encoder: nn.Module, classes: int | None, seed: int
+    settings: ObjectiveSettings,
+    encoder: nn.Module,
+    seed: int,
+    *,
+    images: int,
+    steps: int,
+    classes: int | None = None,
 ) -> nn.Module:
-    """The objective with its heads around `encoder`; `classes` of the target where it has one."""
-    if isinstance(settings, SupervisedSettings):
-        assert classes is not None, "a supervised objective is created with its number of classes"
-        return Supervised(encoder, settings, classes, seed)
-    return SimCLR(encoder, settings, seed)
+    """The objective with its heads around `encoder`, for a training of `steps` on `images`; `classes` of the
+    target where it has one."""
+    match settings:
+        case SupervisedSettings():
+            assert classes is not None, "a supervised objective is created with its number of classes"
+            return Supervised(encoder, settings, classes, seed)
+        case DINOv2Settings():
+            return DINOv2(encoder, settings, seed, images, steps)
+        case SimCLRSettings():
+            return SimCLR(encoder, settings, seed)
+
+
+def known_attributes(settings: ObjectiveSettings) -> tuple[str, ...]:
+    """The attributes that the objective learns from; images where one is missing are left out."""
+    return (settings.target,) if isinstance(settings, SupervisedSettings) else ()
+
+
+def coded_columns(settings: ObjectiveSettings) -> tuple[str, ...]:
+    """The columns (discrete attributes, or the group) of which the objective takes codes, -1 where they are
+    missing."""
+    if isinstance(settings, SimCLRSettings) and settings.false_negatives is not None:
+        return (settings.false_negatives,)
+    return ()
+
+
+def takes_views(settings: ObjectiveSettings) -> int | None:
+    """How many views per image; None for any number."""
+    return None if isinstance(settings, SupervisedSettings) else 2
+
+
+def comparison(settings: ObjectiveSettings) -> str | None:
+    """What of the objective compares the images of a batch with each other, so that micro-batches would be
+    another loss; None where it is a mean over images."""
+    match settings:
+        case DINOv2Settings(centring="sinkhorn"):
+            return "objective dinov2 with centring sinkhorn"
+        case DINOv2Settings() if settings.koleo_weight:
+            return f"objective dinov2 with koleo_weight {settings.koleo_weight}"
+        case SimCLRSettings():
+            return f"objective {settings.name}"
+        case _:
+            return None

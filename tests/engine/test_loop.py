@@ -240,7 +240,9 @@ def test_a_supervised_network_without_batch_statistics_takes_the_step_of_the_who
 ) -> None:
     def run(parts: int) -> tuple[nn.Module, list[dict[str, Any]]]:
         encoder = create_backbone(BackboneSettings("test_vit"), channels=1, image_size=32, seed=0)
-        task = create_objective(SupervisedSettings(target="bright"), encoder, 2, 0)
+        task = create_objective(
+            SupervisedSettings(target="bright"), encoder, 0, images=96, steps=6, classes=2
+        )
         settings = TrainSettings(lr=1e-3, clip=1e6, log_every=1)
         fit(task, Views(parts), settings, Run(tmp_path / str(parts), CPU, quiet=True), "test")
         return task, read_metrics(tmp_path / str(parts) / "metrics.jsonl")

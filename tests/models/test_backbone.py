@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from cfssl.errors import UserError
-from cfssl.models.backbone import BackboneSettings, check_backbone, create_backbone, feature_size
+from cfssl.models.backbone import (
+    BackboneSettings,
+    check_backbone,
+    check_size,
+    create_backbone,
+    feature_size,
+    has_patch_tokens,
+)
 
 
 def test_an_unknown_backbone_is_refused_with_the_nearest_name() -> None:
@@ -23,6 +30,39 @@ def test_weights_that_cannot_be_had_are_one_sentence(monkeypatch: pytest.MonkeyP
 def test_stochastic_depth_is_refused_for_a_model_without_it(name: str) -> None:
     with pytest.raises(UserError, match=rf"drop_path is 0\.1, but {name} has no stochastic depth"):
         create_backbone(BackboneSettings(name, drop_path=0.1), 1, 32, seed=0)
+
+
+def test_options_reach_timm_and_unknown_ones_are_named() -> None:
+    settings = BackboneSettings("test_vit", options={"patch_size": 8, "depth": 3})
+    model = create_backbone(settings, 1, 48, seed=0)
+    assert len(model.blocks) == 3
+    assert model.patch_embed.patch_size == (8, 8)
+    with pytest.raises(UserError, match=r"options holds 'depht', which test_vit does not have"):
+        create_backbone(BackboneSettings("test_vit", options={"depht": 3}), 1, 48, seed=0)
+    with pytest.raises(ValueError, match=r"options holds \['img_size'\], which follows from other keys"):
+        BackboneSettings("test_vit", options={"img_size": 48})
+
+
+def test_position_embeddings_of_any_size_leave_the_stated_size_as_it_was() -> None:
+    settings = BackboneSettings("vit_tiny_patch16_224", options={"depth": 1})
+    fixed, free = (
+        create_backbone(settings, 1, 48, seed=0, any_size=any_size).eval() for any_size in (False, True)
+    )
+    images = torch.rand(2, 1, 48, 48)
+    torch.testing.assert_close(free(images), fixed(images))
+    assert free(images[:, :, :32]).shape == (2, feature_size(free))
+    with pytest.raises(UserError, match=r"vit_tiny, which cannot take views of 32 x 48 pixels"):
+        check_size(fixed, "vit_tiny", 1, (32, 48))
+    with pytest.raises(UserError, match=r"views of 40 x 40 pixels .* another patch_size"):
+        check_size(free, "vit_tiny", 1, (40, 40))
+    check_size(free, "vit_tiny", 1, (32, 48))
+    with pytest.raises(UserError, match="takes images of one size"):
+        create_backbone(BackboneSettings("convit_tiny"), 1, 48, seed=0, any_size=True)
+
+
+def test_vision_transformers_alone_have_patch_tokens() -> None:
+    for name, expected in (("test_vit", True), ("test_resnet", False), ("mobilenetv3_small_050", False)):
+        assert has_patch_tokens(create_backbone(BackboneSettings(name), 1, 32, seed=0)) == expected
 
 
 def test_stochastic_depth_acts_in_training_alone() -> None:

@@ -1,0 +1,74 @@
+"""What a loss gives in one process, and as a script what it gives in two.
+
+    python processes.py RANK FOLDER
+
+Two of them, with ranks 0 and 1, meet through a file in FOLDER, take half of the items each, and write what
+they find to FOLDER/RANK.npz: losses, gradients averaged over the processes as DDP does, targets and centres.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+
+from cfssl.objectives.simclr import SimCLR, SimCLRSettings
+from cfssl.objectives.teacher import Centre, sinkhorn_targets
+
+COUNT, WORLD = 12, 2
+PATIENT = torch.tensor([0, 0, 1, 2, -1, 3, 0, 4, 1, -1, 5, 5])  # shared within and across the processes
+
+
+class Linear(torch.nn.Module):
+    """(B, 1, 4, 4) -> (B, 8), without batch statistics."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ self.weight
+
+
+def found(items: slice) -> dict[str, np.ndarray]:
+    """Of the items of one process, or of all."""
+    from view_toys import batch_of
+
+    results = {}
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(COUNT, 2, 1, 4, 4, generator=generator, dtype=torch.float64)[items]
+    for column in (None, "patient"):
+        settings = SimCLRSettings(hidden=8, output=4, batch_norm=False, false_negatives=column)
+        task = SimCLR(Linear(), settings, seed=0).double()
+        loss = task(batch_of(images, {"patient": PATIENT[items]}), 0)["loss"]
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in task.parameters()])
+        results |= {f"loss_{column}": loss.detach(), f"gradients_{column}": gradients}
+    logits = torch.randn(COUNT, 5, generator=generator, dtype=torch.float64)[items]
+    results["sinkhorn"] = sinkhorn_targets(logits, 0.3)
+    centre = Centre(5, momentum=0.9).double()
+    centre.see(logits[:2])
+    centre.see(logits[2:])
+    centre.move()
+    results["centre"] = centre.value
+    if distributed.is_initialized():
+        for name, value in results.items():
+            if name.startswith(("loss", "gradients")):
+                distributed.all_reduce(value)
+                value /= WORLD
+    return {name: value.numpy() for name, value in results.items()}
+
+
+if __name__ == "__main__":
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
+    )
+    part = COUNT // WORLD
+    np.savez(folder / f"{rank}.npz", **found(slice(rank * part, (rank + 1) * part)))
+    distributed.destroy_process_group()
