@@ -112,7 +112,7 @@ class Trials:
     @cached_property
     def scores(self) -> dict[tuple[str, str, int], dict[str, np.ndarray]]:
         """What `evaluations.evaluate` returned."""
-        return {key: job.evaluation.scores(0) for key, job in self.jobs.items()}
+        return {key: job.evaluation.scores(job.recipe.evaluate[0].label) for key, job in self.jobs.items()}
 
     def of(self, arm: Arm, fraction: float) -> list[np.ndarray]:
         """Test scores (n, classes) of every seed."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
-from cfssl.errors import UserError, nearest
+from cfssl.errors import UserError, nearest, quoted
 from cfssl.evaluate.evaluations import lacking
 from cfssl.experiment import Recipe
 from cfssl.generators import create_generator
@@ -98,6 +98,43 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
+
+
+def check_external(recipe: Recipe, table: ImageTable, name: str, external: ImageTable) -> None:
+    """Refuses an external set that the encoder cannot see or that the evaluations which name it cannot use;
+    all mistakes at once."""
+    mistakes = []
+    channels, own = external.images.shape[0], table.images.shape[0]
+    if channels != own:
+        mistakes.append(f"its images have {channels} channels and the encoder's {own}; prepare them alike")
+    for evaluation in recipe.evaluate:
+        if name not in evaluation.external:
+            continue
+        target, of = evaluation.target, external.attributes.get(evaluation.target)
+        wanted = table.attributes[target].categories
+        if of is None:
+            mistakes.append(f"it has no attribute {target!r}{nearest(target, external.attributes)}")
+        elif of.categories != wanted:
+            mistakes.append(
+                f"its {target!r} is {of.kind} of {quoted(of.categories)}, and that of {table.name} has "
+                f"{quoted(wanted)}, in this order; declare the same categories"
+            )
+        else:
+            mistakes += [
+                f"{reason} ({target!r} of {evaluation.label}); every category is needed in every split"
+                for reason in lacking(external, target)
+            ]
+        mistakes += [
+            f"it has no discrete attribute {by!r}, by which {evaluation.label} forms groups"
+            f"{nearest(by, external.attributes)}; evaluate it without"
+            for by in evaluation.by
+            if by not in external.attributes or not external.attributes[by].categories
+        ]
+    if mistakes:
+        lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
+        raise UserError(
+            f"The external set {name} ({external.name}) does not fit the recipe {recipe.name}:{lines}"
+        )
 
 
 def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from cfssl.data.datasets import TableSettings, check_files
 from cfssl.data.table import SPLITS, ImageTable
+from cfssl.files import read_json
 from cfssl.pipeline import Pipeline
 
 SHOWN_VALUES = 6
@@ -37,7 +38,25 @@ def describe(job: Pipeline) -> None:
             f"group: {table.group}, {table.frame[table.group].nunique()} of them, none in two splits"
         )
     console.print(splits_of(table, grouped_by(job)))
+    for name, external in job.evaluation.externals.items():
+        settings = job.recipe.external[name]
+        if isinstance(settings, TableSettings):
+            check_files(settings, external)
+        console.print(external_of(job, name, external))
     console.print(stages_of(job))
+
+
+def external_of(job: Pipeline, name: str, table: ImageTable) -> Table:
+    """Images per split of an external set, as its evaluations see them."""
+    asked = [evaluation for evaluation in job.recipe.evaluate if name in evaluation.external]
+    names = dict.fromkeys(of for evaluation in asked for of in (evaluation.target, *evaluation.by))
+    shown = splits_of(table, list(names))
+    size = " x ".join(map(str, table.images.shape))
+    shown.title = f"External set {name}: {table.name}, {len(table)} images of {size}"
+    ids = read_json(job.evaluation.external_stage(name).product)["ids"]
+    common = f"; {ids['in_both']} values of {ids['column']} in both, of different sources" if ids else ""
+    shown.caption = f"no image in common with the train and val splits of {job.table.name}{common}"
+    return shown
 
 
 def attributes_of(table: ImageTable) -> Table:

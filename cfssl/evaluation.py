@@ -1,23 +1,58 @@
 """The evaluations of a recipe's encoder: stages that follow from it and that nothing else depends on.
 
-encoder -> features -> evaluations -> results beside the report
+    encoder -> features -> evaluations -> results beside the report
+    external tables -´
+
+An external set is evaluated in two ways. Its own classifier is fitted on its training rows, chosen on its
+validation rows and asked about its test rows: that measures the encoder alone. The transferred one is fitted
+and chosen on the recipe's table and asked, unchanged, about the external test rows: that measures what would
+happen if it were used there.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
+from cfssl.agreement import check_external
+from cfssl.data.datasets import MorphoMNISTSettings, TableSettings
 from cfssl.data.table import ImageTable
-from cfssl.evaluate.evaluations import evaluate, load_scores, save_scores
+from cfssl.evaluate.evaluations import Classifier, evaluate, load_scores, probe, save_scores
+from cfssl.evaluate.external import compared
 from cfssl.evaluate.features import extract, load_features, save_features
+from cfssl.evaluate.settings import ProbeSettings
+from cfssl.experiment import DataSettings
 from cfssl.files import read_json, write_json
 from cfssl.production import Production
 from cfssl.provenance import git_state
-from cfssl.stages import EVALUATION_CODE, FEATURE_CODE, Stage
+from cfssl.stages import EVALUATION_CODE, EXTERNAL_CODE, FEATURE_CODE, Stage
+
+Way = Literal["own", "transferred"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation of the recipe on one set of test rows: those of its table, or (`external`, `way`) those
+    of an external set."""
+
+    index: int
+    settings: ProbeSettings
+    external: str | None = None
+    way: Way | None = None
+
+    @property
+    def label(self) -> str:
+        """Names the result file."""
+        return self.settings.label + (f"@{self.external}-{self.way}" if self.external else "")
+
+    @property
+    def fitted(self) -> str | None:
+        """The external set that the classifier is fitted on; None: the recipe's table."""
+        return self.external if self.way == "own" else None
 
 
 class Evaluation:
@@ -37,58 +72,137 @@ class Evaluation:
         self.table_key, self.encoder_key = table_key, encoder_key
         self._table, self._encoder = table, encoder
 
-    @cached_property
-    def features_stage(self) -> Stage:
-        return self.production.stage("features", self.encoder_key, self.table_key, code=FEATURE_CODE)
+    @property
+    def trials(self) -> list[Trial]:
+        """Every evaluation of the recipe, each followed by those of its external sets."""
+        found = []
+        for index, settings in enumerate(self.recipe.evaluate):
+            found.append(Trial(index, settings))
+            for name in settings.external:
+                found += [Trial(index, settings, name, way) for way in ("own", "transferred")]
+        return found
 
-    def stage(self, index: int) -> Stage:
-        """Of evaluation `index` of the recipe."""
-        section = self.recipe.section("evaluate")[index]
-        return self.production.stage("evaluation", section, self.features_stage.key, code=EVALUATION_CODE)
+    def table_key_of(self, external: str | None) -> str:
+        """Of the stage of the recipe's table, or of an external one."""
+        return (
+            self.table_key
+            if external is None
+            else self.production.table_stage(self.recipe.external[external]).key
+        )
+
+    def features_stage(self, external: str | None = None) -> Stage:
+        """Of the recipe's table, or of an external one."""
+        keys = self.encoder_key, self.table_key_of(external)
+        return self.production.stage("features", *keys, code=FEATURE_CODE)
+
+    def external_stage(self, name: str) -> Stage:
+        """Of the comparison of an external set with the recipe's table."""
+        keys = self.table_key, self.table_key_of(name)
+        content = same_ids(self.recipe.data, self.recipe.external[name])
+        return self.production.stage("external", *keys, content, code=EXTERNAL_CODE)
+
+    def stage(self, trial: Trial) -> Stage:
+        """Two recipes share an evaluation that fits and asks the same, whatever they call the table."""
+        section = dict(self.recipe.section("evaluate")[trial.index])
+        del section["external"]
+        keys = dict.fromkeys(self.features_stage(name).key for name in (trial.fitted, trial.external))
+        return self.production.stage("evaluation", section, *keys, code=EVALUATION_CODE)
 
     def stages(self) -> list[Stage]:
-        """All stages that follow from the encoder, in order."""
-        if not self.recipe.evaluate:
-            return []
-        return [self.features_stage, *(self.stage(index) for index in range(len(self.recipe.evaluate)))]
+        """All stages that follow from the encoder, and those of external tables, in order."""
+        found = [self.production.table_stage(settings) for settings in self.recipe.external.values()]
+        found += [self.external_stage(name) for name in self.recipe.external]
+        used = dict.fromkeys(trial.external for trial in self.trials)
+        found += [self.features_stage(name) for name in used]
+        found += [self.stage(trial) for trial in self.trials]
+        return list(dict.fromkeys(found))
 
     @cached_property
-    def features(self) -> np.ndarray:
-        """Features (N, F) float32 of all rows of the table."""
-        stage, table, views = self.features_stage, self._table(), self.recipe.views
+    def externals(self) -> dict[str, ImageTable]:
+        """The external tables. Raises `UserError` for one that the evaluations cannot use, or of which the
+        encoder has seen something."""
+        return {name: self._external(name) for name in self.recipe.external}
+
+    def _external(self, name: str) -> ImageTable:
+        settings, stage = self.recipe.external[name], self.external_stage(name)
+        external = self.production.table(settings)
+        check_external(self.recipe, self._table(), name, external)
+        has_same_ids = same_ids(self.recipe.data, settings)
 
         def make(_: Path) -> None:
-            rows, quiet = np.arange(len(table)), self.production.quiet
+            write_json(stage.product, compared(self._table(), external, name, has_same_ids))
+
+        self.production.finish(stage, make)
+        return external
+
+    def table_of(self, external: str | None) -> ImageTable:
+        """The recipe's table, or an external one."""
+        return self._table() if external is None else self.externals[external]
+
+    def features(self, external: str | None = None) -> np.ndarray:
+        """Features (N, F) float32 of all rows of the recipe's table, or of an external one."""
+        stage, views = self.features_stage(external), self.recipe.views
+
+        def make(_: Path) -> None:
+            table, quiet = self.table_of(external), self.production.quiet
+            size = views.shape(self._table().images.shape)[1]
+            rows = np.arange(len(table))
             save_features(
-                stage.product, extract(self._encoder(), table, rows, views.size, views.border, quiet=quiet)
+                stage.product, extract(self._encoder(), table, rows, size, views.border, quiet=quiet)
             )
 
         self.production.finish(stage, make)
         return load_features(stage.product)
 
+    def classifier(self, trial: Trial) -> Classifier:
+        """What is asked in a trial."""
+        return probe(trial.settings, self.features(trial.fitted), self.features(trial.external))
+
     def results(self) -> list[dict[str, Any]]:
-        """The result of every evaluation of the recipe, also written beside the report; those of evaluations
-        that the recipe no longer has are removed from there."""
+        """The result of every trial, also written beside the report; those of evaluations that the recipe no
+        longer has are removed from there."""
         results: list[dict[str, Any]] = []
         for file in self.folder.glob("*-*.json"):
-            if file.stem not in {settings.label for settings in self.recipe.evaluate}:
+            if file.stem not in {trial.label for trial in self.trials}:
                 file.unlink()
-        for index, settings in enumerate(self.recipe.evaluate):
-            stage = self.stage(index)
+        for trial in self.trials:
+            stage = self.stage(trial)
 
-            def make(folder: Path, settings: Any = settings, product: Path = stage.product) -> None:
-                found, scores = evaluate(settings, self.features, self._table())
+            def make(folder: Path, trial: Trial = trial, product: Path = stage.product) -> None:
+                tables = self.table_of(trial.fitted), self.table_of(trial.external)
+                found, scores = evaluate(trial.settings, tables[0], self.classifier(trial), tables[1])
                 save_scores(folder / "scores.npz", scores)
                 made_by = {"encoder": self.encoder_key, "git": git_state()}
                 write_json(product, [{**result, **made_by} for result in found])
 
             self.production.finish(stage, make)
-            found = [{**result, "train_seed": self.recipe.train.seed} for result in read_json(stage.product)]
-            write_json(self.folder / f"{settings.label}.json", found)
+            own: dict[str, Any] = {"train_seed": self.recipe.train.seed}
+            if trial.external is not None:
+                seen = read_json(self.external_stage(trial.external).product)
+                own |= {"external": trial.external, "way": trial.way, "compared_with_training": seen}
+            found = [{**result, **own} for result in read_json(stage.product)]
+            write_json(self.folder / f"{trial.label}.json", found)
             results += found
         return results
 
-    def scores(self, index: int) -> dict[str, np.ndarray]:
-        """The test scores behind evaluation `index`, for paired comparisons: see `evaluations.evaluate`."""
+    def scores(self, label: str) -> dict[str, np.ndarray]:
+        """The test scores behind the trial `label`, for paired comparisons: see `evaluations.evaluate`."""
         self.results()
-        return load_scores(self.stage(index).folder / "scores.npz")
+        (trial,) = (trial for trial in self.trials if trial.label == label)
+        return load_scores(self.stage(trial).folder / "scores.npz")
+
+
+def same_ids(data: DataSettings, external: DataSettings) -> bool:
+    """Whether an id means the same patient in both tables: where both are made from the same file or folder,
+    or are drawn with the same seed in the same phantom world. Ids of different files are names in different
+    lists, even where their columns are called alike."""
+    return origin(data) == origin(external)
+
+
+def origin(settings: DataSettings) -> tuple[str, str]:
+    """Whose ids the table has."""
+    if isinstance(settings, TableSettings):
+        return settings.name, str(settings.source.path.resolve())
+    if isinstance(settings, MorphoMNISTSettings):
+        return settings.name, str(Path(settings.root).resolve())
+    return settings.name, str(settings.seed)

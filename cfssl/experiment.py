@@ -17,7 +17,8 @@ from cfssl.data.datasets import (
 from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
-from cfssl.evaluate.settings import AuditSettings, EvaluationSettings, MonitorSettings
+from cfssl.errors import nearest
+from cfssl.evaluate.settings import AuditSettings, MonitorSettings, ProbeSettings
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
@@ -28,14 +29,16 @@ from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
 GeneratorSettings = HVAESettings | OracleSettings
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Recipe(BaseModel):
-    """One experiment: table, generator, bank, views, objective, encoder, evaluations."""
+    """One experiment: table, generator, bank, views, objective, encoder, evaluations. `external`: further
+    data sets that evaluations may ask for by their names; nothing is pre-trained on them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     data: Annotated[DataSettings, Field(discriminator="name")]
     generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
     finetune: FinetuneSettings | None = None
@@ -48,7 +51,8 @@ class Recipe(BaseModel):
     backbone: BackboneSettings = Field(default_factory=BackboneSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     monitor: MonitorSettings | None = None
-    evaluate: tuple[EvaluationSettings, ...] = ()
+    external: dict[Name, Annotated[DataSettings, Field(discriminator="name")]] = Field(default_factory=dict)
+    evaluate: tuple[ProbeSettings, ...] = ()
     hardware: HardwareSettings = Field(default_factory=HardwareSettings)
     track: Literal["none", "wandb"] = "none"
 
@@ -80,7 +84,7 @@ class Recipe(BaseModel):
 
     def problems(self) -> list[str]:
         """Combinations that cannot work, one sentence each."""
-        parts = (generator_problems, audit_problems, bank_problems, training_problems)
+        parts = (generator_problems, audit_problems, bank_problems, evaluation_problems, training_problems)
         return [problem for part in parts for problem in part(self)]
 
 
@@ -142,18 +146,40 @@ def audit_problems(recipe: Recipe) -> list[str]:
 
 
 def bank_problems(recipe: Recipe) -> list[str]:
-    """Of what views and evaluations ask for."""
+    """Of what views ask for."""
     found, plan = [], recipe.views.counterfactual
     if plan is not None and plan.variable not in recipe.bank.variables:
         found.append(
             f"views.counterfactual.variable is {plan.variable!r}, but bank.do intervenes on "
             f"{sorted(recipe.bank.variables) or 'nothing'}"
         )
+    return found
+
+
+def evaluation_problems(recipe: Recipe) -> list[str]:
+    """Of evaluate and external."""
+    found = []
     names = [evaluation.label for evaluation in recipe.evaluate]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         found.append(
             f"evaluate holds {repeated} more than once; merge them or change their target or fraction"
         )
+    for index, evaluation in enumerate(recipe.evaluate):
+        for name in evaluation.external:
+            if name not in recipe.external:
+                found.append(
+                    f"evaluate[{index}].external names {name!r}, which is no external set"
+                    f"{nearest(name, recipe.external)}"
+                )
+    asked = {name for evaluation in recipe.evaluate for name in evaluation.external}
+    for name, settings in recipe.external.items():
+        if name not in asked:
+            found.append(
+                f"external.{name} is evaluated by nothing; name it in the external of an evaluation or "
+                "remove it"
+            )
+        if settings == recipe.data:
+            found.append(f"external.{name} is the very table of data; give another one")
     return found
 
 

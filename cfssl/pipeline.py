@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 
 from cfssl.agreement import check_against_table
-from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.order import EpochOrder
 from cfssl.data.plan import ViewSource
 from cfssl.data.table import ImageTable
@@ -36,7 +35,7 @@ from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
 from cfssl.provenance import environment
 from cfssl.recipe import write_recipe
-from cfssl.stages import ENCODER_CODE, TABLE_CODE, Stage
+from cfssl.stages import ENCODER_CODE, Stage
 from cfssl.visualise.views import slot_names, view_grid
 
 
@@ -56,7 +55,7 @@ class Pipeline:
 
     @cached_property
     def table_stage(self) -> Stage:
-        return self.production.stage("table", data_source(self.recipe.data), code=TABLE_CODE)
+        return self.production.table_stage(self.recipe.data)
 
     @cached_property
     def encoder_stage(self) -> Stage:
@@ -72,13 +71,7 @@ class Pipeline:
     @cached_property
     def table(self) -> ImageTable:
         """The prepared table; raises `UserError` when the recipe asks for attributes it does not have."""
-        settings = self.recipe.data
-
-        def make(folder: Path) -> None:
-            prepare_dataset(settings, folder / "table", self.quiet)
-
-        self.production.finish(self.table_stage, make)
-        table = open_dataset(settings, self.table_stage.folder / "table")
+        table = self.production.table(self.recipe.data)
         check_against_table(self.recipe, table)
         return table
 
@@ -154,7 +147,8 @@ class Pipeline:
         every = settings.every * self.view_data().order.steps_per_epoch
         student = objective.student
         assert isinstance(student, nn.Module)
-        return Monitor(settings, student, self.table, views.size, views.border, every, run)
+        _, size = views.shape(self.table.images.shape)
+        return Monitor(settings, student, self.table, size, views.border, every, run)
 
     def first_batch(self) -> Path:
         """A picture of the first batch, in the folder of the encoder; drawn before its first step, so that a
@@ -171,7 +165,7 @@ class Pipeline:
 
     def run(self) -> list[dict[str, Any]]:
         """Everything, and the run folder's records. Returns the evaluation results."""
-        self.table  # noqa: B018  bad data is refused before anything is written into the run folder
+        self.table, self.evaluation.externals  # noqa: B018  bad data is refused before anything is written
         write_recipe(self.recipe, self.folder / "recipe.yaml")
         write_json(
             self.folder / "environment.json", {**environment(), "data_fingerprint": self.table.fingerprint}

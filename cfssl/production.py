@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
+from cfssl.data.table import ImageTable
 from cfssl.engine.run import Run, Tracker, torch_threads
-from cfssl.experiment import Recipe
+from cfssl.experiment import DataSettings, Recipe
 from cfssl.files import made_folders, write_json
 from cfssl.provenance import environment
-from cfssl.stages import Stage, keyed_stage
+from cfssl.stages import TABLE_CODE, Stage, keyed_stage
 
 
 class Production:
@@ -27,6 +29,20 @@ class Production:
     def stage(self, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
         """See `keyed_stage`."""
         return keyed_stage(self.runs, name, *content, code=code)
+
+    def table_stage(self, settings: DataSettings) -> Stage:
+        """Of a prepared table."""
+        return self.stage("table", data_source(settings), code=TABLE_CODE)
+
+    def table(self, settings: DataSettings) -> ImageTable:
+        """A prepared table, opened."""
+        stage = self.table_stage(settings)
+
+        def make(folder: Path) -> None:
+            prepare_dataset(settings, folder / "table", self.quiet)
+
+        self.finish(stage, make)
+        return open_dataset(settings, stage.folder / "table")
 
     def run(self, folder: Path) -> Run:
         """What a training writes to and computes on."""

@@ -6,6 +6,7 @@ valid name.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _none_strings(node: Any, path: str = "") -> list[str]:
-    if path == "data.missing":  # texts of the table, among which "None" may well be one
+    if re.fullmatch(
+        r"(data|external\.[^.]+)\.missing", path
+    ):  # texts of the table, among which "None" may well be one
         return []
     if isinstance(node, Mapping):
         return [
@@ -192,6 +195,8 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
                     following.append(option["properties"][part])
                 elif part in tagged:
                     following.append({"$ref": tagged[part]})
+                elif "patternProperties" in option:  # a section under names of one's own
+                    following += option["patternProperties"].values()
                 elif isinstance(part, int) and ("items" in option or "prefixItems" in option):
                     following.append(option.get("items") or option["prefixItems"][part])
         nodes = following or nodes

@@ -94,6 +94,7 @@ EVALUATION_CODE = (
     "evaluate/metrics.py",
     "evaluate/choice.py",
 )
+EXTERNAL_CODE = ("evaluate/external.py",)
 AUDIT_CODE = (
     "seeds.py",
     "data/pixels.py",
@@ -112,6 +113,7 @@ PRODUCTS = {
     "bank": "bank/bank.json",
     "encoder": "objective.safetensors",
     "features": "features.npy",
+    "external": "external.json",
     "evaluation": "result.json",
     "audit": "audit.json",
     "scores": "scores.npz",

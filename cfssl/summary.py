@@ -17,7 +17,7 @@ from cfssl.evaluate.groups import (
     paired_worst_group,
 )
 from cfssl.evaluate.monitor import first_warnings
-from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.evaluate.settings import ProbeSettings
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
 from cfssl.sheets import audited_sheet, bank_sheet
@@ -113,25 +113,37 @@ def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
     and the first seed of its subset."""
     (reference, first), *others = jobs.items()
     found = []
-    for index, settings in enumerate(first.recipe.evaluate):
+    for trial in first.evaluation.trials:
         for name, job in others:
-            labels = [entry.label for entry in job.recipe.evaluate]
-            if settings.label in labels and job.table.fingerprint == first.table.fingerprint:
-                arms = job.evaluation.scores(labels.index(settings.label)), first.evaluation.scores(index)
+            theirs = {other.label: other for other in job.evaluation.trials}
+            if trial.label in theirs and same_rows(first, job, trial.external):
+                arms = job.evaluation.scores(trial.label), first.evaluation.scores(trial.label)
+                table = first.evaluation.table_of(trial.external)
+                where = f" on {trial.external} ({trial.way})" if trial.external else ""
                 found += [
                     {"name": f"{name} {MINUS} {reference}", **entry}
-                    for entry in differences_of(settings, first.table, *arms)
+                    for entry in differences_of(trial.settings, table, *arms, where)
                 ]
     return found
 
 
+def same_rows(one: Pipeline, other: Pipeline, external: str | None) -> bool:
+    """Whether what is fitted and tested in a trial is the same table for both."""
+    tables = [
+        {job.evaluation.table_of(name).fingerprint for job in (one, other)} for name in (None, external)
+    ]
+    return all(len(fingerprints) == 1 for fingerprints in tables)
+
+
 def differences_of(
-    settings: EvaluationSettings,
+    settings: ProbeSettings,
     table: ImageTable,
     arrays: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
+    on: str = "",
 ) -> list[dict[str, Any]]:
-    """The scores `arrays` minus those of `reference`, both as `Evaluation.scores` returns them."""
+    """The scores `arrays` minus those of `reference`, both as `Evaluation.scores` returns them. `on`: what
+    the tested rows are called, where they are not those of the recipe's table."""
     fraction, seed = max(settings.fractions), settings.seeds[0]
     subset = f"scores-{fraction:g}-{seed}"
     if subset not in arrays:
@@ -152,7 +164,7 @@ def differences_of(
             y, *arms, labels, patients=patients, resamples=resamples
         )
     labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
-    what = f"{titled(settings.name)} of {settings.target}{labels_used}"
+    what = f"{titled(settings.name)} of {settings.target}{on}{labels_used}"
     return [{"of": f"{what}, {where}", "unit": "AUC", **entry} for where, entry in found.items()]
 
 
@@ -177,8 +189,9 @@ def print_result(result: Mapping[str, Any]) -> None:
     """Overall and per-group values of one evaluation, as plain lines."""
     metric = result["metrics"][0]
     share = result["protocol"]["label_fraction"]
+    where = f" on {result['external']} ({result['way']})" if "external" in result else ""
     print(
-        f"{result['evaluation']} of {result['target']}, {share:.0%} of the labels, {metric} with 95 % "
+        f"{result['evaluation']} of {result['target']}{where}, {share:.0%} of the labels, {metric} with 95 % "
         "intervals"
     )
     print(f"  {'all':<24}{_value(result['overall'][metric])}  n {result['overall']['n']}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ TUNED = PHANTOM | {
         "segmentor": {"structures": ["left_lung"], "part": "second"},
     },
 }
+# Evaluated elsewhere.
+ABROAD = PHANTOM | {
+    "name": "abroad",
+    "external": {
+        "near": {"name": "phantom_chest", "count": 300, "size": 128, "seed": 1},
+        "far": {"name": "phantom_tube", "count": 300, "size": 32, "seed": 1},
+    },
+    "evaluate": [
+        {"name": "knn", "target": "disease", "external": ["near"]},
+        {"name": "knn", "target": "scanner", "external": ["far"]},
+    ],
+}
 TABLE: dict[str, Any] = {
     "name": "table",
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
@@ -106,6 +119,7 @@ DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "roo
 OTHERS: dict[str, Any] = {
     "data.size": 64,
     "data.domains": {"A": 0.5, "B": 0.5},
+    "external.far.domains": {"soft": 0.5, "sharp": 0.5},
     "data.splits": {"train": 0.5, "val": 0.25, "test": 0.25},
     "data.path": "u.csv",
     "data.root": "other",
@@ -176,6 +190,7 @@ OTHERS: dict[str, Any] = {
     "evaluate.0.by": ["scanner"],
     "evaluate.0.fractions": [0.5],
     "evaluate.0.seeds": [1],
+    "evaluate.0.external": ["near", "far"],
     "hardware.precision": "bf16-mixed",
 }
 ALONG = {  # what has to change with it
@@ -186,9 +201,8 @@ ALONG = {  # what has to change with it
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}},
 }
-CHOICES = {f"{section}.name" for section in ("data", "generator", "generator.network", "objective")} | {
-    "finetune.rules.1.name"
-}  # of the section's class
+NAMED = "data", "generator", "generator.network", "objective", "external.near", "external.far"
+CHOICES = {f"{section}.name" for section in NAMED} | {"finetune.rules.1.name"}  # of the section's class
 TOGETHER = {
     "generator",
     "finetune",
@@ -199,6 +213,8 @@ TOGETHER = {
     "views.local",
     "views.intensity",
     "views.second_photometric",
+    "external",
+    "evaluate.0.external",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
@@ -225,6 +241,8 @@ def leaves(node: Any, path: str, met: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 def another(key: str, value: Any) -> Any:
+    if key not in OTHERS:  # that of the same setting elsewhere
+        key = re.sub(r"^external\.\w+", "data", re.sub(r"^evaluate\.\d", "evaluate.0", key))
     if key in OTHERS:
         return OTHERS[key]
     if isinstance(value, bool):
@@ -271,7 +289,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, TABLE, TUBE, DIGITS):
+    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, ABROAD, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):

@@ -171,7 +171,7 @@ PASSIVE = {
 
 def test_the_code_of_a_stage_is_all_that_it_imports() -> None:
     known: set[str] = set()
-    for stage in (*ALL[:2], "measure", "finetune", *ALL[2:], "audit"):
+    for stage in (*ALL[:2], "measure", "finetune", *ALL[2:], "external", "audit"):
         code = getattr(cfssl.stages, f"{stage.removesuffix('s').upper()}_CODE")
         files = {file for room in code for file in code_files(room)}
         known |= files
@@ -209,7 +209,7 @@ def test_every_stage_computes_with_the_stated_threads_and_leaves_them_as_they_we
         seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cfssl.pipeline.prepare_dataset", prepare)
+    monkeypatch.setattr("cfssl.production.prepare_dataset", prepare)
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path, hardware={"accelerator": "cpu", "threads": before + 1}).table  # noqa: B018
     assert seen == [before + 1]
@@ -279,7 +279,10 @@ def test_features_are_those_of_the_encoder_in_eval_mode(done: Pipeline) -> None:
     images = torch.from_numpy(done.table.images.read(np.arange(4)).astype(np.float32) / 255)
     with torch.no_grad():
         torch.testing.assert_close(
-            done.encoder.eval()(images).numpy(), np.array(done.evaluation.features[:4]), rtol=1e-3, atol=1e-4
+            done.encoder.eval()(images).numpy(),
+            np.array(done.evaluation.features()[:4]),
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 

@@ -17,7 +17,7 @@ from cfssl.evaluate.groups import (
     paired_mean_of_groups,
     paired_worst_group,
 )
-from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.evaluate.settings import ProbeSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
 from cfssl.sheets import bank_sheet, spread_over_domains
@@ -88,7 +88,7 @@ def test_arms_side_by_side_show_every_value_of_their_results(
 def test_every_other_arm_is_compared_with_the_first_on_the_same_test_rows(runs: Path) -> None:
     arms = two_arms(runs)
     found = differences(arms)
-    first, other = (arm.evaluation.scores(0) for arm in arms.values())
+    first, other = (arm.evaluation.scores("knn-disease") for arm in arms.values())
     table = arms["CF"].table
     test = table.frame.iloc[first["row"]]
     scanner, patients = test["scanner"].to_numpy(), test["patient"].to_numpy()
@@ -119,7 +119,7 @@ def test_images_of_a_patient_count_as_one_in_every_difference() -> None:
     y, noise = patient % 2, rng.normal(size=(2, 100))[:, patient]
     one, two = (np.stack([-score, score], axis=1) for score in noise + y)
     frame = pd.DataFrame({"patient": patient, "scanner": np.array(["A", "B"])[patient // 2 % 2]})
-    settings = EvaluationSettings("knn", "disease", by=("scanner",), resamples=400)
+    settings = ProbeSettings("knn", "disease", by=("scanner",), resamples=400)
     widths = []
     for group in (None, "patient"):
         table: Any = SimpleNamespace(group=group, frame=frame)

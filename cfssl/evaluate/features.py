@@ -19,16 +19,17 @@ def extract(
     encoder: nn.Module,
     table: ImageTable,
     rows: np.ndarray,
-    size: int | None = None,
+    size: tuple[int, int] | None = None,
     border: str = "constant",
     batch: int = 512,
     quiet: bool = False,
 ) -> np.ndarray:
     """Features (len(rows), F) float32 of whole, unaugmented images in [0, 1].
 
-    The encoder is put into eval mode (a probe on batch statistics would measure the batch). `size` and
-    `border` are those of the views that it was trained on: an image that is not (size, size) goes through the
-    same interpolation, because another one would show the encoder sharper or smoother noise than it knows.
+    The encoder is put into eval mode (a probe on batch statistics would measure the batch). `size` (height,
+    width) and `border` are those of the views that it was trained on: an image of another size goes through
+    the same interpolation, because another one would show the encoder sharper or smoother noise than it
+    knows.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
@@ -36,7 +37,7 @@ def extract(
     with ProgressBar("features", total=len(rows), quiet=quiet) as bar:
         for start in range(0, len(rows), batch):
             images = to_unit(table.images.read(rows[start : start + batch]))
-            if size is not None and images.shape[-2:] != (size, size):
+            if size is not None and images.shape[-2:] != size:
                 images = np.stack([whole_view(image, size, border) for image in images])
             on_device = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
             features.append(encoder(on_device).float().cpu().numpy())
@@ -49,10 +50,10 @@ def to_unit(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32) * np.float32(1 / np.iinfo(stored.dtype).max)
 
 
-def whole_view(image: np.ndarray, size: int, border: str) -> np.ndarray:
-    """(C, H, W) float32 -> (C, size, size): the view that shows all of the image and nothing else."""
-    view = warp(np.ascontiguousarray(image.transpose(1, 2, 0)), IDENTITY, (size, size), border)
-    return view.reshape(size, size, -1).transpose(2, 0, 1)  # OpenCV drops a single channel
+def whole_view(image: np.ndarray, size: tuple[int, int], border: str) -> np.ndarray:
+    """(C, H, W) float32 -> (C, *size): the view that shows all of the image and nothing else."""
+    view = warp(np.ascontiguousarray(image.transpose(1, 2, 0)), IDENTITY, size, border)
+    return view.reshape(*size, -1).transpose(2, 0, 1)  # OpenCV drops a single channel
 
 
 def save_features(path: Path, features: np.ndarray) -> None:

@@ -56,15 +56,15 @@ ONE_HOT = "one-hot teacher"
 
 class Monitor:
     """An observer of the training loop. `encoder` is looked at as the evaluations do: whole images of `size`
-    with `border`, frozen, in eval mode. `every`: steps between two looks. `run`: whose metrics.jsonl says
-    what the objective logged, and which warnings were given before."""
+    (height, width) with `border`, frozen, in eval mode. `every`: steps between two looks. `run`: whose
+    metrics.jsonl says what the objective logged, and which warnings were given before."""
 
     def __init__(
         self,
         settings: MonitorSettings,
         encoder: nn.Module,
         table: ImageTable,
-        size: int | None,
+        size: tuple[int, int],
         border: str,
         every: int,
         run: Run,

@@ -8,26 +8,36 @@ from pydantic.dataclasses import dataclass
 from cfssl.measure.embedding import EmbeddingSettings
 from cfssl.measure.predictor import PredictorSettings
 from cfssl.measure.segmentor import SegmentorSettings
-from cfssl.settings import STRICT, Count
+from cfssl.settings import STRICT, Count, Share
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationSettings:
-    """`target`: a binary or categorical attribute. `by`: attributes that form the groups. `fractions`: shares
-    of the labelled training rows. `seeds` redraw the label subset. Choices (C of the probe, k of kNN) are
-    made on the validation rows."""
+    """What all evaluations share. `target`: a binary or categorical attribute. `by`: attributes that form the
+    groups. `fractions`: shares of the labelled training rows. `seeds` redraw the label subset. `external`:
+    the external sets of the recipe that are evaluated besides, each by a classifier of its own and by that of
+    the table."""
 
-    name: Literal["linear_probe", "knn"]
+    name: str
     target: str
     by: tuple[str, ...] = ()
-    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    fractions: tuple[Share, ...] = (1.0,)
     seeds: tuple[int, ...] = (0,)
     resamples: Count = 1000
+    external: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """Names the result file."""
         return f"{self.name}-{self.target}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class ProbeSettings(EvaluationSettings):
+    """On the features of the frozen encoder. Choices (C of the linear probe, k of kNN) are made on the
+    validation rows."""
+
+    name: Literal["linear_probe", "knn"]
 
 
 @dataclass(frozen=True, config=STRICT)

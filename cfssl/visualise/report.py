@@ -146,10 +146,10 @@ def data_uri(path: Path) -> str:
 
 def evaluations(arms: Sequence[Arm]) -> list[Evaluation]:
     """Sorts the results of all arms into tables, an evaluation of one target after the other."""
-    sections: dict[tuple[str, str], dict[tuple[float, int], dict[str, Mapping[str, Any]]]] = {}
+    sections: dict[str, dict[tuple[float, int], dict[str, Mapping[str, Any]]]] = {}
     for arm in arms:
         for result in arm.results:
-            section = sections.setdefault((result["evaluation"], result["target"]), {})
+            section = sections.setdefault(section_title(result), {})
             subset = (result["protocol"].get("label_fraction", 1.0), result["seeds"].get("labels", 0))
             of_arms = section.setdefault(subset, {})
             if arm.name in of_arms:
@@ -158,10 +158,16 @@ def evaluations(arms: Sequence[Arm]) -> list[Evaluation]:
                     f"{subset[0]:.0%} of the labels, seed {subset[1]}; name arms differently."
                 )
             of_arms[arm.name] = result
-    return [
-        evaluation(f"{titled(name)} of {target}", section, [arm.name for arm in arms])
-        for (name, target), section in sections.items()
-    ]
+    return [evaluation(title, section, [arm.name for arm in arms]) for title, section in sections.items()]
+
+
+def section_title(result: Mapping[str, Any]) -> str:
+    """What was asked, and of an external set where the classifier comes from."""
+    title = f"{titled(result['evaluation'])} of {result['target']}"
+    if "external" not in result:
+        return title
+    ways = {"own": "fitted there", "transferred": f"fitted on {result['protocol']['fitted_on']['table']}"}
+    return f"{title} on the external set {result['external']}, {ways[result['way']]} ({result['way']})"
 
 
 def evaluation(

@@ -12,10 +12,10 @@ from sklearn.metrics import roc_auc_score
 from cfssl.data.prepare import save_prepared
 from cfssl.data.table import SPLITS, Attribute, ImageTable
 from cfssl.errors import UserError
-from cfssl.evaluate.evaluations import METRICS, choice_of, evaluate, probabilities
+from cfssl.evaluate.evaluations import METRICS, choice_of, evaluate, probabilities, probe
 from cfssl.evaluate.knn import knn
 from cfssl.evaluate.probe import linear_probe, log_odds, subset_labels
-from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.evaluate.settings import ProbeSettings
 from cfssl.seeds import numpy_generator
 
 ATTRIBUTES = {
@@ -29,6 +29,10 @@ def table_of(folder: Path, group: str | None = None, **columns: Any) -> ImageTab
     attributes = {name: ATTRIBUTES[name] for name in columns if name in ATTRIBUTES}
     images = np.arange(4 * len(frame), dtype=np.uint16).reshape(-1, 1, 2, 2)  # no two alike
     return save_prepared(folder, "toy", frame, attributes, images, group=group)
+
+
+def evaluated(settings: ProbeSettings, features: np.ndarray, table: ImageTable) -> Any:
+    return evaluate(settings, table, probe(settings, features))
 
 
 def names(y: np.ndarray) -> np.ndarray:
@@ -77,7 +81,7 @@ def test_the_setting_is_chosen_on_validation_rows_though_test_rows_want_the_oppo
     features = np.concatenate([splits[split][0] for split in SPLITS])
     where = np.repeat(SPLITS, [len(splits[split][1]) for split in SPLITS])
     table = table_of(tmp_path / "t", disease=names(y), split=where)
-    (result,), _ = evaluate(EvaluationSettings(name, "disease", resamples=5), features, table)  # type: ignore[arg-type]
+    (result,), _ = evaluated(ProbeSettings(name, "disease", resamples=5), features, table)  # type: ignore[arg-type]
     protocol = result["protocol"]
     grid = {line[setting]: line["auc"] for line in protocol[f"{setting}_grid"]}
     assert protocol[setting] == max(grid, key=grid.__getitem__)
@@ -109,11 +113,11 @@ def patients_and_scanners() -> tuple[dict[str, Any], np.ndarray]:
 
 def test_images_of_a_patient_are_drawn_together_and_widen_the_interval(tmp_path: Path) -> None:
     columns, features = patients_and_scanners()
-    settings = EvaluationSettings("linear_probe", "disease", by=("scanner",), resamples=400)
+    settings = ProbeSettings("linear_probe", "disease", by=("scanner",), resamples=400)
     width, results = {}, {}
     for group in (None, "patient"):
         table = table_of(tmp_path / str(group), group, **columns)
-        (results[group],), _ = evaluate(settings, features, table)
+        (results[group],), _ = evaluated(settings, features, table)
         interval = results[group]["overall"]["auc"]
         width[group] = interval["high"] - interval["low"]
     assert width["patient"] == pytest.approx(2 * width[None], rel=0.2)  # four copies: sqrt(4)
@@ -125,10 +129,10 @@ def test_images_of_a_patient_are_drawn_together_and_widen_the_interval(tmp_path:
 def test_a_label_subset_is_stratified_by_the_first_grouping(tmp_path: Path) -> None:
     columns, features = patients_and_scanners()
     table = table_of(tmp_path / "t", **columns)
-    settings = EvaluationSettings(
+    settings = ProbeSettings(
         "linear_probe", "disease", by=("scanner",), fractions=(0.2, 1.0), seeds=(3, 4), resamples=5
     )
-    results, arrays = evaluate(settings, features, table)
+    results, arrays = evaluated(settings, features, table)
     rows = {split: np.flatnonzero(columns["split"] == split) for split in SPLITS}
     y = (columns["disease"] == "yes").astype(int)
     assert list(arrays) == ["row", "y", "scores-0.2-3", "scores-0.2-4", "scores-1-3"]
@@ -156,7 +160,7 @@ def test_rows_without_target_are_counted_and_take_no_part(tmp_path: Path) -> Non
     unknown = np.arange(480) % 40 < 4
     columns["disease"] = np.where(unknown, None, columns["disease"])
     table = table_of(tmp_path / "t", **columns)
-    (result,), arrays = evaluate(EvaluationSettings("knn", "disease", resamples=5), features, table)
+    (result,), arrays = evaluated(ProbeSettings("knn", "disease", resamples=5), features, table)
     assert result["protocol"]["rows_without_target"] == unknown.sum()
     assert not unknown[arrays["row"]].any()
     assert result["n"] == ((columns["split"] == "test") & ~unknown).sum() == len(arrays["y"])
@@ -170,7 +174,7 @@ def test_a_split_that_lacks_a_category_is_refused_by_its_name(tmp_path: Path) ->
     columns["disease"][(columns["split"] == "val") & (columns["disease"] == "yes")] = None
     table = table_of(tmp_path / "t", **columns)
     with pytest.raises(UserError, match="evaluation knn-disease of toy cannot work: no val image is 'yes'"):
-        evaluate(EvaluationSettings("knn", "disease"), features, table)
+        evaluated(ProbeSettings("knn", "disease"), features, table)
 
 
 def test_a_choice_at_either_end_of_its_grid_is_flagged() -> None:

@@ -55,7 +55,9 @@ def table_of(folder: Path, shape: tuple[int, int, int], dtype: type = np.uint8) 
 
 
 def features(table: ImageTable, size: int | None, border: str = "constant", batch: int = 2) -> np.ndarray:
-    return extract(Pixels(), table, np.arange(len(table)), size, border, batch, quiet=True)
+    return extract(
+        Pixels(), table, np.arange(len(table)), (size, size) if size else None, border, batch, quiet=True
+    )
 
 
 @pytest.mark.parametrize("border", ["constant", "reflect"])

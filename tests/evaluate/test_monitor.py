@@ -49,7 +49,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
 
 
 def looking(table: ImageTable, folder: Path, encoder: torch.nn.Module, **settings: Any) -> Monitor:
-    return Monitor(MonitorSettings(**settings), encoder, table, None, "constant", 1, Run(folder))
+    return Monitor(MonitorSettings(**settings), encoder, table, (64, 64), "constant", 1, Run(folder))
 
 
 @pytest.mark.parametrize("directions", [1, 3, 20])
