@@ -6,6 +6,8 @@ from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest, quoted
 from cfssl.evaluate.evaluations import lacking
+from cfssl.evaluate.finetune import view_settings
+from cfssl.evaluate.settings import FineTuningSettings
 from cfssl.experiment import Recipe
 from cfssl.generators import create_generator
 from cfssl.generators.hvae import HVAESettings
@@ -76,6 +78,8 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
             ]
         for name in evaluation.by:
             known(f"evaluate[{index}].by", name, discrete)
+        if isinstance(evaluation, FineTuningSettings):
+            mistakes += tuning_mistakes(recipe, table, evaluation, table)
     if recipe.monitor is not None and recipe.monitor.target is not None:
         path, target = "monitor.target", recipe.monitor.target
         known(path, target, discrete)
@@ -124,6 +128,8 @@ def check_external(recipe: Recipe, table: ImageTable, name: str, external: Image
                 f"{reason} ({target!r} of {evaluation.label}); every category is needed in every split"
                 for reason in lacking(external, target)
             ]
+        if isinstance(evaluation, FineTuningSettings):
+            mistakes += tuning_mistakes(recipe, table, evaluation, external)
         mistakes += [
             f"it has no discrete attribute {by!r}, by which {evaluation.label} forms groups"
             f"{nearest(by, external.attributes)}; evaluate it without"
@@ -135,6 +141,19 @@ def check_external(recipe: Recipe, table: ImageTable, name: str, external: Image
         raise UserError(
             f"The external set {name} ({external.name}) does not fit the recipe {recipe.name}:{lines}"
         )
+
+
+def tuning_mistakes(
+    recipe: Recipe, table: ImageTable, settings: FineTuningSettings, tuned: ImageTable
+) -> list[str]:
+    """What keeps the encoder of `table` from being fine-tuned on the images of `tuned`."""
+    try:
+        size = recipe.views.shape(table.images.shape)[1]
+        views = view_settings(settings, size, recipe.views.border, tuned.images.shape)
+        views.refuse_colours(tuned.images.shape[0])
+    except UserError as error:
+        return [f"{settings.label}: {error}"]
+    return []
 
 
 def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:

@@ -1,6 +1,6 @@
 """The evaluations of a recipe's encoder: stages that follow from it and that nothing else depends on.
 
-    encoder -> features -> evaluations -> results beside the report
+    encoder -> features, or fine-tuned classifiers -> evaluations -> results beside the report
     external tables -´
 
 An external set is evaluated in two ways. Its own classifier is fitted on its training rows, chosen on its
@@ -21,15 +21,25 @@ from torch import nn
 from cfssl.agreement import check_external
 from cfssl.data.datasets import MorphoMNISTSettings, TableSettings
 from cfssl.data.table import ImageTable
-from cfssl.evaluate.evaluations import Classifier, evaluate, load_scores, probe, save_scores
+from cfssl.engine.run import Run
+from cfssl.evaluate.evaluations import (
+    Classifier,
+    Question,
+    evaluate,
+    load_scores,
+    probe,
+    save_scores,
+    subsets,
+)
 from cfssl.evaluate.external import compared
 from cfssl.evaluate.features import extract, load_features, save_features
-from cfssl.evaluate.settings import ProbeSettings
-from cfssl.experiment import DataSettings
+from cfssl.evaluate.finetune import finetune, load_tuned, tuned_scores, tuning_protocol
+from cfssl.evaluate.settings import FineTuningSettings
+from cfssl.experiment import AnyEvaluation, DataSettings
 from cfssl.files import read_json, write_json
 from cfssl.production import Production
 from cfssl.provenance import git_state
-from cfssl.stages import EVALUATION_CODE, EXTERNAL_CODE, FEATURE_CODE, Stage
+from cfssl.stages import CLASSIFIER_CODE, EVALUATION_CODE, EXTERNAL_CODE, FEATURE_CODE, Stage
 
 Way = Literal["own", "transferred"]
 
@@ -40,7 +50,7 @@ class Trial:
     of an external set."""
 
     index: int
-    settings: ProbeSettings
+    settings: AnyEvaluation
     external: str | None = None
     way: Way | None = None
 
@@ -101,19 +111,45 @@ class Evaluation:
         content = same_ids(self.recipe.data, self.recipe.external[name])
         return self.production.stage("external", *keys, content, code=EXTERNAL_CODE)
 
+    def classifier_stage(self, trial: Trial, fraction: float, seed: int) -> Stage:
+        """Of an encoder that is fine-tuned on a share of the labels."""
+        section = self._section(trial, "fractions", "seeds", "resamples")
+        section["by"] = section["by"][:1]  # the first grouping stratifies the label subset
+        keys = self.encoder_key, self.table_key_of(trial.fitted), self.recipe.hardware.precision
+        return self.production.stage("classifier", section, fraction, seed, *keys, code=CLASSIFIER_CODE)
+
+    def classifier_stages(self, trial: Trial) -> list[Stage]:
+        """None where the encoder stays frozen."""
+        if not isinstance(trial.settings, FineTuningSettings):
+            return []
+        return [self.classifier_stage(trial, *subset) for subset in subsets(trial.settings)]
+
+    def features_stages(self, trial: Trial) -> list[Stage]:
+        """None where the encoder is fine-tuned."""
+        if isinstance(trial.settings, FineTuningSettings):
+            return []
+        names = dict.fromkeys((trial.fitted, trial.external))
+        return [self.features_stage(name) for name in names]
+
     def stage(self, trial: Trial) -> Stage:
         """Two recipes share an evaluation that fits and asks the same, whatever they call the table."""
-        section = dict(self.recipe.section("evaluate")[trial.index])
-        del section["external"]
-        keys = dict.fromkeys(self.features_stage(name).key for name in (trial.fitted, trial.external))
-        return self.production.stage("evaluation", section, *keys, code=EVALUATION_CODE)
+        inputs = self.classifier_stages(trial) or self.features_stages(trial)
+        keys = [*(stage.key for stage in inputs)]
+        if isinstance(trial.settings, FineTuningSettings):
+            keys.append(self.table_key_of(trial.external))
+        return self.production.stage("evaluation", self._section(trial), *keys, code=EVALUATION_CODE)
+
+    def _section(self, trial: Trial, *dropped: str) -> dict[str, Any]:
+        """The settings of a trial that decide about it."""
+        section = self.recipe.section("evaluate")[trial.index]
+        return {key: value for key, value in section.items() if key not in ("external", *dropped)}
 
     def stages(self) -> list[Stage]:
         """All stages that follow from the encoder, and those of external tables, in order."""
         found = [self.production.table_stage(settings) for settings in self.recipe.external.values()]
         found += [self.external_stage(name) for name in self.recipe.external]
-        used = dict.fromkeys(trial.external for trial in self.trials)
-        found += [self.features_stage(name) for name in used]
+        for inputs in (self.features_stages, self.classifier_stages):
+            found += [stage for trial in self.trials for stage in inputs(trial)]
         found += [self.stage(trial) for trial in self.trials]
         return list(dict.fromkeys(found))
 
@@ -139,16 +175,20 @@ class Evaluation:
         """The recipe's table, or an external one."""
         return self._table() if external is None else self.externals[external]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the views that the encoder knows."""
+        return self.recipe.views.shape(self._table().images.shape)[1]
+
     def features(self, external: str | None = None) -> np.ndarray:
         """Features (N, F) float32 of all rows of the recipe's table, or of an external one."""
         stage, views = self.features_stage(external), self.recipe.views
 
         def make(_: Path) -> None:
             table, quiet = self.table_of(external), self.production.quiet
-            size = views.shape(self._table().images.shape)[1]
             rows = np.arange(len(table))
             save_features(
-                stage.product, extract(self._encoder(), table, rows, size, views.border, quiet=quiet)
+                stage.product, extract(self._encoder(), table, rows, self.size, views.border, quiet=quiet)
             )
 
         self.production.finish(stage, make)
@@ -156,7 +196,29 @@ class Evaluation:
 
     def classifier(self, trial: Trial) -> Classifier:
         """What is asked in a trial."""
+        if isinstance(trial.settings, FineTuningSettings):
+            return self._tuned(trial, trial.settings)
         return probe(trial.settings, self.features(trial.fitted), self.features(trial.external))
+
+    def _tuned(self, trial: Trial, settings: FineTuningSettings) -> Classifier:
+        fitted, tested = self.table_of(trial.fitted), self.table_of(trial.external)
+        sight = self.size, self.recipe.views.border
+
+        def classify(asked: Question) -> tuple[np.ndarray, dict[str, Any]]:
+            stage, encoder = self.classifier_stage(trial, asked.fraction, asked.seed), self._encoder()
+
+            def make(folder: Path) -> None:
+                run = self.production.run(folder)
+                finetune(settings, encoder, fitted, asked, *sight, run, stage.product)
+                run.close()
+
+            self.production.finish(stage, make)
+            run = Run(stage.folder)
+            run.checkpoint_path.unlink(missing_ok=True)
+            network, how = load_tuned(stage.product, encoder, asked.classes)
+            return tuned_scores(network, tested, asked.test, *sight), tuning_protocol(how, run)
+
+        return classify
 
     def results(self) -> list[dict[str, Any]]:
         """The result of every trial, also written beside the report; those of evaluations that the recipe no

@@ -18,7 +18,7 @@ from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
 from cfssl.errors import nearest
-from cfssl.evaluate.settings import AuditSettings, MonitorSettings, ProbeSettings
+from cfssl.evaluate.settings import AuditSettings, FineTuningSettings, MonitorSettings, ProbeSettings
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
@@ -29,6 +29,7 @@ from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
 GeneratorSettings = HVAESettings | OracleSettings
+AnyEvaluation = ProbeSettings | FineTuningSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -52,7 +53,7 @@ class Recipe(BaseModel):
     train: TrainSettings = Field(default_factory=TrainSettings)
     monitor: MonitorSettings | None = None
     external: dict[Name, Annotated[DataSettings, Field(discriminator="name")]] = Field(default_factory=dict)
-    evaluate: tuple[ProbeSettings, ...] = ()
+    evaluate: tuple[Annotated[AnyEvaluation, Field(discriminator="name")], ...] = ()
     hardware: HardwareSettings = Field(default_factory=HardwareSettings)
     track: Literal["none", "wandb"] = "none"
 
@@ -78,7 +79,9 @@ class Recipe(BaseModel):
 
     def trainings(self) -> dict[str, TrainSettings]:
         """How everything is trained, by where it stands in the recipe."""
-        sections = {"": self, "generator": self.generator, "finetune": self.finetune, **self.measures()}
+        evaluations = {f"evaluate[{index}]": of for index, of in enumerate(self.evaluate)}
+        trained = {"": self, "generator": self.generator, "finetune": self.finetune}
+        sections = {**trained, **self.measures(), **evaluations}
         found = {f"{path}.train".lstrip("."): getattr(of, "train", None) for path, of in sections.items()}
         return {path: train for path, train in found.items() if train is not None}
 

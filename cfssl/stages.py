@@ -94,6 +94,20 @@ EVALUATION_CODE = (
     "evaluate/metrics.py",
     "evaluate/choice.py",
 )
+CLASSIFIER_CODE = (
+    "evaluate/choice.py",
+    "evaluate/evaluations.py",
+    "evaluate/features.py",
+    "evaluate/finetune.py",
+    "evaluate/metrics.py",
+    "evaluate/probe.py",
+    "data/augment.py",
+    "data/geometry.py",
+    "data/plan.py",
+    "data/views.py",
+    "models",
+    *TRAINING_CODE,
+)
 EXTERNAL_CODE = ("evaluate/external.py",)
 AUDIT_CODE = (
     "seeds.py",
@@ -114,6 +128,7 @@ PRODUCTS = {
     "encoder": "objective.safetensors",
     "features": "features.npy",
     "external": "external.json",
+    "classifier": "classifier.safetensors",
     "evaluation": "result.json",
     "audit": "audit.json",
     "scores": "scores.npz",

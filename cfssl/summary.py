@@ -17,7 +17,7 @@ from cfssl.evaluate.groups import (
     paired_worst_group,
 )
 from cfssl.evaluate.monitor import first_warnings
-from cfssl.evaluate.settings import ProbeSettings
+from cfssl.evaluate.settings import EvaluationSettings
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
 from cfssl.sheets import audited_sheet, bank_sheet
@@ -136,7 +136,7 @@ def same_rows(one: Pipeline, other: Pipeline, external: str | None) -> bool:
 
 
 def differences_of(
-    settings: ProbeSettings,
+    settings: EvaluationSettings,
     table: ImageTable,
     arrays: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],

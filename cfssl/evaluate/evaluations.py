@@ -110,6 +110,8 @@ def evaluate(
         )
         intervals = f"95 %, {BOOTSTRAP}, {settings.resamples} resamples of test {unit}"
         subset = "all labels"
+        if settings.name == "finetune":
+            intervals += "; the variance between trainings is not in them"
         if fraction < 1:
             intervals += "; the variance between label subsets is not in them"
             subset = f"drawn with seed {seed}, the same rows for every encoder"
@@ -143,10 +145,11 @@ def evaluate(
 
 def subsets(settings: EvaluationSettings) -> list[tuple[float, int]]:
     """(label fraction, seed) of every classifier. With all labels a probe has nothing to redraw."""
+    first = settings.seeds if settings.name == "finetune" else settings.seeds[:1]
     return [
         (fraction, seed)
         for fraction in settings.fractions
-        for seed in (settings.seeds if fraction < 1 else settings.seeds[:1])
+        for seed in (settings.seeds if fraction < 1 else first)
     ]
 
 

@@ -5,10 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cfssl.data.augment import PhotometricSettings
+from cfssl.data.geometry import GeometrySettings
+from cfssl.engine.loop import TrainSettings
 from cfssl.measure.embedding import EmbeddingSettings
 from cfssl.measure.predictor import PredictorSettings
 from cfssl.measure.segmentor import SegmentorSettings
-from cfssl.settings import STRICT, Count, Share
+from cfssl.settings import STRICT, BelowOne, Count, Positive, Share, ShareRange, UnitInterval
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,6 +41,49 @@ class ProbeSettings(EvaluationSettings):
     validation rows."""
 
     name: Literal["linear_probe", "knn"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class FineTuningTrainSettings(TrainSettings):
+    """What suits some hundred to some thousand labelled images."""
+
+    epochs: Count = 20
+    batch: Count = 64
+    lr: Positive = 1e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class LightGeometrySettings(GeometrySettings):
+    """What leaves a finding in the image."""
+
+    crop_scale: ShareRange = (0.8, 1.0)
+    rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class LightPhotometricSettings(PhotometricSettings):
+    """What leaves a finding in the image."""
+
+    brightness: UnitInterval = 0.1
+    contrast: UnitInterval = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class FineTuningSettings(EvaluationSettings):
+    """Encoder and linear head, trained together on lightly augmented views. `seeds` redraw label subset,
+    head, order and views. `checks`: the number of evenly spaced moments of which the best on the validation
+    rows is chosen, and nothing else is. `least_steps`: small label subsets go on for more epochs until they
+    have made as many. `balanced`: every class weighs the same, whatever its share; probabilities are then
+    those of balanced classes. `head_first`: share of the steps in which only the head learns."""
+
+    name: Literal["finetune"]
+    balanced: bool = False
+    head_first: BelowOne = 0.0
+    checks: Count = 10
+    least_steps: Count = 100
+    geometry: LightGeometrySettings = Field(default_factory=LightGeometrySettings)
+    photometric: LightPhotometricSettings = Field(default_factory=LightPhotometricSettings)
+    train: FineTuningTrainSettings = Field(default_factory=FineTuningTrainSettings)
 
 
 @dataclass(frozen=True, config=STRICT)
