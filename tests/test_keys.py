@@ -103,7 +103,7 @@ ABROAD = PHANTOM | {
     },
     "evaluate": [
         {"name": "knn", "target": "disease", "external": ["near"]},
-        {"name": "knn", "target": "scanner", "external": ["far"]},
+        {"name": "finetune", "target": "scanner", "external": ["far"]},
     ],
 }
 TABLE: dict[str, Any] = {
@@ -202,7 +202,10 @@ ALONG = {  # what has to change with it
     "views.count": {"objective": {"name": "supervised", "target": "disease"}},
 }
 NAMED = "data", "generator", "generator.network", "objective", "external.near", "external.far"
-CHOICES = {f"{section}.name" for section in NAMED} | {"finetune.rules.1.name"}  # of the section's class
+CHOICES = {f"{section}.name" for section in NAMED} | {
+    "finetune.rules.1.name",
+    "evaluate.1.name",
+}  # of the section's class
 TOGETHER = {
     "generator",
     "finetune",
