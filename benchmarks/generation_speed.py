@@ -25,7 +25,7 @@ import torch
 from arms import base, finished, in_processes, load_arrays, plain, save_arrays
 from axioms import UNITS, VARIABLES, Rulers, Scores, compositions, digits_of, digits_table, effects
 from morphomnist_axioms import SCORE_CODE, finetune_settings, generator_settings, predictor_settings
-from record import figure, markdown_table, over_seeds, with_interval, write_results
+from record import markdown_table, over_repeats, over_seeds, with_interval, write_results
 
 from cfssl.data.batches import ImageBatch, ImageData
 from cfssl.data.morphomnist import PARENTS
@@ -39,7 +39,7 @@ from cfssl.generators.hvae_training import HVAETask, free_energy
 from cfssl.generators.targets import AttributeRule, Counterfactual
 from cfssl.measure.predictor import AttributePredictor
 from cfssl.provenance import fingerprint
-from cfssl.seeds import numpy_generator, torch_generator
+from cfssl.seeds import torch_generator
 from cfssl.stages import FINETUNE_CODE, keyed_stage
 
 SEEDS = (0, 1, 2)
@@ -266,15 +266,10 @@ def ratios(found: Scores) -> dict[str, dict[str, Any]]:
         "finetune_speedup_vs_published_size": (("published", "finetune"), ("small", "finetune_shared")),
         "finetune_speedup_by_shared_passes": (("small", "finetune"), ("small", "finetune_shared")),
     }
-    return {name: median(best(found, *slow) / best(found, *fast)) for name, (slow, fast) in pairs.items()}
-
-
-def median(values: np.ndarray) -> dict[str, Any]:
-    """Median of (REPEATS,) ratios with a 95 % bootstrap interval."""
-    rng = numpy_generator("generation speed")
-    drawn = np.median(rng.choice(values, (2000, len(values))), axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return figure(float(np.median(values)), float(low), float(high), "times as fast")
+    return {
+        name: over_repeats(best(found, *slow) / best(found, *fast), "times as fast")
+        for name, (slow, fast) in pairs.items()
+    }
 
 
 def text(entry: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from cfssl.generators.hvae import HVAESettings
 from cfssl.generators.oracle import OracleSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
-from cfssl.objectives import ObjectiveSettings, comparison, takes_views
+from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
@@ -192,6 +192,8 @@ def training_problems(recipe: Recipe) -> list[str]:
     name, views, accumulate = recipe.objective.name, takes_views(recipe.objective), recipe.train.accumulate
     if views is not None and recipe.views.count != views:
         found.append(f"objective {name} takes {views} views, but views.count is {recipe.views.count}")
+    if recipe.views.local is not None and not takes_local(recipe.objective):
+        found.append(f"views.local is given, but objective {name} looks at the other views alone; remove it")
     if accumulate > 1 and (compared := comparison(recipe.objective)):
         found.append(
             f"train.accumulate is {accumulate}, but {compared} compares the images of a micro-batch with "

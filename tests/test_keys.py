@@ -27,6 +27,7 @@ from cfssl.evaluate.settings import MonitorSettings
 from cfssl.experiment import Recipe
 from cfssl.models.backbone import BackboneSettings, create_backbone
 from cfssl.objectives import create_objective
+from cfssl.objectives.baselines import BarlowTwinsSettings, BYOLSettings, MoCoSettings, VICRegSettings
 from cfssl.objectives.dinov2 import DINOv2Settings
 from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.pipeline import Pipeline
@@ -48,7 +49,6 @@ PHANTOM: dict[str, Any] = {
     "bank": {"do": {"scanner": "all"}},
     "views": {
         "counterfactual": {"variable": "scanner", "view": [0, 1], "probability": 0.5},
-        "local": {"size": 32, "count": 4},
         "intensity": {"probability": 0.5},
         "second_photometric": {},
     },
@@ -111,7 +111,13 @@ TABLE: dict[str, Any] = {
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
     "objective": {"name": "supervised", "target": "dx"},
 }
-DINO = PHANTOM | {"objective": {"name": "dinov2"}}
+DINO = PHANTOM | {
+    "views": PHANTOM["views"] | {"local": {"size": 32, "count": 4}},
+    "objective": {"name": "dinov2"},
+}
+BASELINES = [
+    PHANTOM | {"objective": {"name": name}} for name in ("byol", "moco_v3", "vicreg", "barlow_twins")
+]
 TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube", "size": 32}}
 DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
 
@@ -195,11 +201,12 @@ OTHERS: dict[str, Any] = {
 }
 ALONG = {  # what has to change with it
     "generator.parents": {"finetune": None},
-    "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}},
+    "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
     "generator.mediator_weight": {"generator.prior": "mediator"},
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
-    "views.count": {"objective": {"name": "supervised", "target": "disease"}},
+    "views.count": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
+    "views.intensity.shared": {"views.intensity.view": "all"},
 }
 NAMED = "data", "generator", "generator.network", "objective", "external.near", "external.far"
 CHOICES = {f"{section}.name" for section in NAMED} | {
@@ -292,7 +299,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, ABROAD, TABLE, TUBE, DIGITS):
+    for content in (PHANTOM, DINO, *BASELINES, ORACLE, PUBLISHED, TUNED, ABROAD, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):
@@ -408,6 +415,10 @@ def objective_after_training(settings: Any, folder: Path) -> dict[str, torch.Ten
 
 OBJECTIVES = {
     "simclr": SimCLRSettings(hidden=16, output=8),
+    "byol": BYOLSettings(hidden=16, output=8),
+    "moco_v3": MoCoSettings(hidden=16, output=8),
+    "vicreg": VICRegSettings(hidden=16, output=8),
+    "barlow_twins": BarlowTwinsSettings(hidden=16, output=8),
     # with a setting for each of the steps to act on
     "dinov2": DINOv2Settings(
         prototypes=16, hidden=16, bottleneck=8, temperature_warmup=1.0, freeze_last_layer=0.3

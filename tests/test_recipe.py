@@ -80,7 +80,12 @@ evaluate: [{name: linear_prob, target: disease}]
             "objective.name=dinov2\ntrain.accumulate=4",
             "objective dinov2 with koleo_weight 0.1 compares the images of a micro-batch with each other, 64",
         ),
-        ("objective.name=dinov2\nviews.count=3", "dinov2 takes 2 views, but views.count is 3"),
+        ("objective.name=dinov2\nviews.count=4", "dinov2 takes 2 views, but views.count is 4"),
+        (
+            "views.local={size: 16}",
+            "views.local is given, but objective simclr looks at the other views alone",
+        ),
+        ("objective.name=vicreg\ntrain.accumulate=4", "but objective vicreg compares the images"),
         ("backbone.options={img_size: 32}", "options holds ['img_size'], which follows from other keys"),
         ("views.counterfactual.view=[]", "view is []; name at least one view"),
         ("views.counterfactual.view=[1,1]", "view is [1, 1]; name at least one view, and each once"),

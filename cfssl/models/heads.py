@@ -17,6 +17,13 @@ def simclr_head(features: int, hidden: int, output: int, batch_norm: bool, seed:
     )
 
 
+def lightly_head(kind: str, seed: int, name: str, *sizes: int, **options: bool | int) -> nn.Module:
+    """lightly's projection head `kind` of the given `sizes`; its weights are a function of seed and name."""
+    from lightly.models.modules import heads
+
+    return seeded(lambda: getattr(heads, kind)(*sizes, **options), seed, name)
+
+
 def dino_head(
     features: int, hidden: int, bottleneck: int, prototypes: int, seed: int, name: str
 ) -> nn.Module:

@@ -3,11 +3,26 @@ contract."""
 
 from torch import nn
 
+from cfssl.objectives.baselines import (
+    BarlowTwinsSettings,
+    BYOLSettings,
+    MoCoSettings,
+    VICRegSettings,
+    create_baseline,
+)
 from cfssl.objectives.dinov2 import DINOv2, DINOv2Settings
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.objectives.supervised import Supervised, SupervisedSettings
 
-ObjectiveSettings = SimCLRSettings | DINOv2Settings | SupervisedSettings
+ObjectiveSettings = (
+    SimCLRSettings
+    | DINOv2Settings
+    | BYOLSettings
+    | MoCoSettings
+    | VICRegSettings
+    | BarlowTwinsSettings
+    | SupervisedSettings
+)
 
 
 def create_objective(
@@ -29,6 +44,8 @@ def create_objective(
             return DINOv2(encoder, settings, seed, images, steps)
         case SimCLRSettings():
             return SimCLR(encoder, settings, seed)
+        case _:
+            return create_baseline(settings, encoder, seed, steps)
 
 
 def known_attributes(settings: ObjectiveSettings) -> tuple[str, ...]:
@@ -49,6 +66,11 @@ def takes_views(settings: ObjectiveSettings) -> int | None:
     return None if isinstance(settings, SupervisedSettings) else 2
 
 
+def takes_local(settings: ObjectiveSettings) -> bool:
+    """Whether it looks at the local views."""
+    return isinstance(settings, DINOv2Settings)
+
+
 def comparison(settings: ObjectiveSettings) -> str | None:
     """What of the objective compares the images of a batch with each other, so that micro-batches would be
     another loss; None where it is a mean over images."""
@@ -57,7 +79,7 @@ def comparison(settings: ObjectiveSettings) -> str | None:
             return "objective dinov2 with centring sinkhorn"
         case DINOv2Settings() if settings.koleo_weight:
             return f"objective dinov2 with koleo_weight {settings.koleo_weight}"
-        case SimCLRSettings():
+        case SimCLRSettings() | MoCoSettings() | VICRegSettings() | BarlowTwinsSettings():
             return f"objective {settings.name}"
         case _:
             return None

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from view_toys import batch_of
+from view_toys import Stripes, batch_of
 
 from cfssl.data.views import ViewBatch, split
 from cfssl.engine.loop import TrainSettings, fit
@@ -216,30 +216,11 @@ def test_the_teacher_starts_as_the_student_and_its_momentum_reaches_one() -> Non
     assert all(torch.equal(value, before[key]) for key, value in task.teacher.state_dict().items())
 
 
-class Stripes:
-    """Stripes of four directions with a phase of their own in every view."""
-
-    def __len__(self) -> int:
-        return 80
-
-    def __getitem__(self, step: int) -> list[ViewBatch]:
-        generator = torch_generator("stripes", step)
-        angle = (torch.arange(16) % 4)[:, None, None, None] * torch.pi / 4
-
-        def draw(views: int, size: int) -> torch.Tensor:
-            phase = 2 * torch.pi * torch.rand(16, views, 1, 1, generator=generator)
-            place = torch.arange(size) / 2.0
-            wave = angle.cos() * place + angle.sin() * place[:, None]
-            return (0.5 + 0.5 * (wave + phase).sin())[:, :, None]
-
-        return [batch_of(draw(2, 32), local=draw(2, 16))]
-
-
 @pytest.mark.slow
 def test_a_short_training_lowers_the_loss_without_collapse(tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, ibot_weight=0.0, centring="sinkhorn", momentum=0.9)
     task = DINOv2(encoder("test_resnet"), settings, 0, images=400, steps=80)
-    fit(task, Stripes(), TrainSettings(lr=5e-3, log_every=10), Run(tmp_path, CPU, quiet=True), "test")
+    fit(task, Stripes(80), TrainSettings(lr=5e-3, log_every=10), Run(tmp_path, CPU, quiet=True), "test")
     first, *_, last = read_metrics(tmp_path / "metrics.jsonl")
     assert last["dino"] < 0.6 * first["dino"]
     assert last["teacher_entropy"] < 0.95 < last["marginal_entropy"]  # not the same of every image
