@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cfssl.check import describe
 from cfssl.errors import UserError
 from cfssl.evaluate.features import extract
 from cfssl.evaluate.finetune import load_tuned, tuned_scores
@@ -58,6 +59,17 @@ def test_every_way_has_a_file_that_says_what_was_fitted_and_asked(done: Pipeline
     assert (moved["external"], moved["way"]) == ("there", "transferred")
     assert moved["compared_with_training"]["images"]["in_both"] == 0
     assert not moved["compared_with_training"]["ids"]["mean_the_same"]
+
+
+def test_a_check_says_what_is_evaluated_elsewhere_and_what_it_shares_with_the_training(
+    done: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe(job(done.runs))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "External set there: phantom_chest, 160 images of 1 x 128 x 128" in shown
+    assert "no image in common with the train and val splits of phantom_chest" in shown
+    counts = done.evaluation.table_of("there").frame["split"].value_counts()
+    assert f"images │ {counts['train']} │ {counts['val']} │ {counts['test']} │ 160" in shown
 
 
 def test_external_images_of_another_size_are_seen_as_whole_views(done: Pipeline) -> None:

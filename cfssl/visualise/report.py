@@ -182,7 +182,9 @@ def evaluation(
     for fraction, seed in order:
         results = section[fraction, seed]
         reference = check_same_data(title, results)
-        labels = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
+        labels = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
+        if fraction < 1 or sum(other == fraction for other, _ in order) > 1:
+            labels += f" (seed {seed})"
         for metric in reference["metrics"]:
             for grouping in reference["groups"] or [None]:
                 table = group_table(metric, grouping, labels, results, arms)
