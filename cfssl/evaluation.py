@@ -35,6 +35,7 @@ from cfssl.evaluate.external import compared
 from cfssl.evaluate.features import extract, load_features, save_features
 from cfssl.evaluate.finetune import finetune, load_tuned, tuned_scores, tuning_protocol
 from cfssl.evaluate.settings import FineTuningSettings
+from cfssl.evaluate.spread import over_seeds
 from cfssl.experiment import AnyEvaluation, DataSettings
 from cfssl.files import read_json, write_json
 from cfssl.production import Production
@@ -221,11 +222,12 @@ class Evaluation:
         return classify
 
     def results(self) -> list[dict[str, Any]]:
-        """The result of every trial, also written beside the report; those of evaluations that the recipe no
-        longer has are removed from there."""
+        """The result of every trial, also written beside the report, with their summary where there are
+        several seeds; those of evaluations that the recipe no longer has are removed from there."""
         results: list[dict[str, Any]] = []
+        labels = {trial.label for trial in self.trials}
         for file in self.folder.glob("*-*.json"):
-            if file.stem not in {trial.label for trial in self.trials}:
+            if file.stem.removesuffix("-seeds") not in labels:
                 file.unlink()
         for trial in self.trials:
             stage = self.stage(trial)
@@ -244,6 +246,10 @@ class Evaluation:
                 own |= {"external": trial.external, "way": trial.way, "compared_with_training": seen}
             found = [{**result, **own} for result in read_json(stage.product)]
             write_json(self.folder / f"{trial.label}.json", found)
+            summary = self.folder / f"{trial.label}-seeds.json"
+            summary.unlink(missing_ok=True)
+            if of_seeds := over_seeds(found):
+                write_json(summary, of_seeds)
             results += found
         return results
 

@@ -109,8 +109,8 @@ def monitor_caption(jobs: Sequence[Pipeline]) -> str:
 
 def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
     """Every other arm minus the first, paired on the test rows, for each evaluation that both have: overall,
-    the mean over the groups, the worst group and the gap of every grouping. With the largest label fraction
-    and the first seed of its subset."""
+    the mean over the groups, the worst group and the gap of every grouping. With the largest label fraction,
+    over all of its seeds."""
     (reference, first), *others = jobs.items()
     found = []
     for trial in first.evaluation.trials:
@@ -144,11 +144,13 @@ def differences_of(
 ) -> list[dict[str, Any]]:
     """The scores `arrays` minus those of `reference`, both as `Evaluation.scores` returns them. `on`: what
     the tested rows are called, where they are not those of the recipe's table."""
-    fraction, seed = max(settings.fractions), settings.seeds[0]
-    subset = f"scores-{fraction:g}-{seed}"
-    if subset not in arrays:
+    fraction = max(settings.fractions)
+    names = {seed: f"scores-{fraction:g}-{seed}" for seed in settings.seeds}
+    seeds = [seed for seed, name in names.items() if name in arrays and name in reference]
+    if not seeds:
         return []
-    y, arms = reference["y"], (arrays[subset], reference[subset])
+    y = reference["y"]
+    arms = [arrays[names[seed]] for seed in seeds], [reference[names[seed]] for seed in seeds]
     test, resamples = table.frame.iloc[reference["row"]], settings.resamples
     patients = None if table.group is None else test[table.group].to_numpy()
     found = {"all": paired_difference(y, *arms, patients=patients, resamples=resamples)}
@@ -163,9 +165,12 @@ def differences_of(
         found[f"gap between each arm's best and worst {grouping}"] = paired_gap(
             y, *arms, labels, patients=patients, resamples=resamples
         )
-    labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
+    labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
+    which = f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+    labels_used += which if fraction < 1 or len(seeds) > 1 else ""
     what = f"{titled(settings.name)} of {settings.target}{on}{labels_used}"
-    return [{"of": f"{what}, {where}", "unit": "AUC", **entry} for where, entry in found.items()]
+    about = {"unit": "AUC", "seeds_of": "downstream"}
+    return [{"of": f"{what}, {where}", **about, **entry} for where, entry in found.items()]
 
 
 def audit_page(job: Pipeline, items: int = 6) -> Path:

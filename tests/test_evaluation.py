@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cfssl.check import describe
 from cfssl.errors import UserError
 from cfssl.evaluate.features import extract
+from cfssl.evaluate.finetune import load_tuned, tuned_scores
 from cfssl.evaluation import same_ids
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
@@ -59,6 +61,17 @@ def test_every_way_has_a_file_that_says_what_was_fitted_and_asked(done: Pipeline
     assert not moved["compared_with_training"]["ids"]["mean_the_same"]
 
 
+def test_a_check_says_what_is_evaluated_elsewhere_and_what_it_shares_with_the_training(
+    done: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe(job(done.runs))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "External set there: phantom_chest, 160 images of 1 x 128 x 128" in shown
+    assert "no image in common with the train and val splits of phantom_chest" in shown
+    counts = done.evaluation.table_of("there").frame["split"].value_counts()
+    assert f"images │ {counts['train']} │ {counts['val']} │ {counts['test']} │ 160" in shown
+
+
 def test_external_images_of_another_size_are_seen_as_whole_views(done: Pipeline) -> None:
     table = done.evaluation.table_of("there")
     assert (table.images.shape, done.table.images.shape) == ((1, 128, 128), (1, 64, 64))
@@ -104,6 +117,56 @@ def test_arms_are_compared_on_every_external_set_that_both_have(done: Pipeline) 
     for trial in other.evaluation.trials:
         (result,) = json.loads((other.folder / f"{trial.label}.json").read_text())
         assert f"{result['overall']['auc']['value']:.3f}" in page
+
+
+def test_fine_tuning_is_trained_once_per_fraction_and_seed_and_asked_everywhere(done: Pipeline) -> None:
+    tuning = {
+        "name": "finetune",
+        "target": "disease",
+        "by": ["sex"],
+        "fractions": [0.25, 1.0],
+        "seeds": [0, 1],
+        "resamples": 20,
+        "external": ["there"],
+        "least_steps": 4,
+        "checks": 2,
+        "train": {"epochs": 1, "batch": 16},
+    }
+    tuned = job(done.runs, name="tuned", evaluate=[tuning])
+    results = tuned.run()
+    labels = [trial.label for trial in tuned.evaluation.trials]
+    assert labels == ["finetune-disease", "finetune-disease@there-own", "finetune-disease@there-transferred"]
+    made = [stage.name for stage in tuned.evaluation.stages()]
+    # two fractions of two seeds, on two tables; nothing is trained again to be asked elsewhere
+    assert made == ["table", "external", *["classifier"] * 8, *["evaluation"] * 3]
+    at_home, own, moved = (tuned.evaluation.scores(label) for label in labels)
+    assert list(at_home) == ["row", "y", *(f"scores-{f}-{s}" for f in ("0.25", "1") for s in (0, 1))]
+    for result in results:
+        protocol = result["protocol"]
+        assert protocol["epoch_chosen_on"] == "validation AUC"
+        assert [line["epoch"] for line in protocol["epoch_grid"]][-1] == protocol["epochs"]
+        assert 0 <= result["overall"]["brier"]["value"] <= 1
+        assert "between trainings is not in them" in protocol["intervals"]
+    # the transferred network is the very one that was chosen at home
+    home, there = (tuned.evaluation.table_of(name) for name in (None, "there"))
+    stage = tuned.evaluation.classifier_stage(tuned.evaluation.trials[0], 1.0, 1)
+    network, _ = load_tuned(stage.product, tuned.encoder, 2)
+    for table, arrays in ((home, at_home), (there, moved)):
+        scores = tuned_scores(network, table, arrays["row"], (64, 64), "constant")
+        np.testing.assert_allclose(arrays["scores-1-1"], scores, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(own["scores-1-1"], moved["scores-1-1"])
+    assert not list(stage.folder.glob("checkpoint*"))
+    (summary, whole) = json.loads((tuned.folder / "finetune-disease-seeds.json").read_text())
+    values = [result["overall"]["auc"]["value"] for result in results[:2]]
+    assert (summary["label_fraction"], whole["seeds"]) == (0.25, [0, 1])
+    assert summary["overall"]["auc"]["mean"] == pytest.approx(np.mean(values))
+    again = job(done.runs, name="tuned", evaluate=[tuning | {"resamples": 10, "fractions": [1.0]}])
+    assert [stage.name for stage in again.evaluation.stages() if not stage.done] == ["evaluation"] * 3
+    longer = job(done.runs, name="tuned", evaluate=[tuning | {"checks": 3}])
+    assert [stage.name for stage in longer.evaluation.stages() if not stage.done] == [
+        *["classifier"] * 8,
+        *["evaluation"] * 3,
+    ]
 
 
 def npz(folder: Path, name: str, channels: int = 1, **columns: Any) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_a_subset_of_the_labels_is_named_where_arms_are_compared(runs: Path) -> 
     evaluation = {**WITH_BANK["evaluate"][0], "by": [], "fractions": [0.5, 0.25], "seeds": [7, 8]}
     arms = {name: job(runs, WITH_BANK, name=name, evaluate=[evaluation]) for name in ("one", "two")}
     (found,) = differences(arms)
-    assert found["of"] == "k nearest neighbours of disease, 50 % of the labels (seed 7), all"
+    assert found["of"] == "k nearest neighbours of disease, 50 % of the labels (seeds 7, 8), all"
 
 
 def test_losses_of_different_tasks_are_said_to_be_no_comparison(runs: Path) -> None:

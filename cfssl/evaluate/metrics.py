@@ -60,7 +60,7 @@ def calibration_error(y: np.ndarray, probabilities: np.ndarray, weights: np.ndar
     of class 1, or for more classes of the likeliest class (Guo et al. 2017; equal mass as Nixon et al. 2019).
 
     Rows with the same probability are one level, whose mass is divided where the edge of a bin falls into it.
-    An estimate from n rows lies above the truth, by most (about .25 sqrt(BINS / n)) where there is no error.
+    An estimate from n rows lies above the truth, by most (about sqrt(BINS / n) / 3) where there is no error.
     """
     is_binary = probabilities.shape[1] == 2
     confidence = probabilities[:, 1] if is_binary else probabilities.max(1)

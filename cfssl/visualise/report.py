@@ -14,12 +14,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cfssl.errors import UserError
+from cfssl.evaluate.spread import over_seeds
 from cfssl.files import write_text
 
 SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 TITLES = {
     "linear_probe": "Linear probe",
     "knn": "k nearest neighbours",
+    "finetune": "Fine-tuning",
     "auc": "AUC",
     "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",
@@ -180,12 +182,20 @@ def evaluation(
     for fraction, seed in order:
         results = section[fraction, seed]
         reference = check_same_data(title, results)
-        labels = "" if fraction == 1 else f", {100 * fraction:g} % of the labels (seed {seed})"
+        labels = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
+        if fraction < 1 or sum(other == fraction for other, _ in order) > 1:
+            labels += f" (seed {seed})"
         for metric in reference["metrics"]:
             for grouping in reference["groups"] or [None]:
                 table = group_table(metric, grouping, labels, results, arms)
                 is_main = (fraction, seed) == order[0] and metric == reference["metrics"][0]
                 (main if is_main else more).append(table)
+    of_arms = {arm: [section[subset][arm] for subset in order if arm in section[subset]] for arm in arms}
+    summaries = {arm: over_seeds(results) for arm, results in of_arms.items()}
+    if len({fraction for fraction, _ in order}) > 1:
+        main.insert(0, fraction_table(of_arms, summaries))
+    for place, metric in enumerate(next(iter(section[order[0]].values()))["metrics"]):
+        (more if place else main).extend(seed_tables(metric, summaries))
     first, last = (
         next(iter(section[subset].values()))["protocol"]["intervals"] for subset in (order[0], order[-1])
     )
@@ -254,6 +264,58 @@ def group_table(
     by = f" by {grouping}" if grouping is not None else ""
     title = titled(metric)
     return Table(f"{title[0].upper()}{title[1:]}{by}{labels}", columns, rows)
+
+
+def fraction_table(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], summaries: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Table:
+    """The first metric on all test rows, by label fraction: of several seeds their mean and standard
+    deviation, of one the interval."""
+    known = [result for of_arm in results.values() for result in of_arm]
+    metric = known[0]["metrics"][0]
+    fractions = sorted({result["protocol"]["label_fraction"] for result in known})
+    rows: list[tuple[str, Sequence[Cell]]] = []
+    for arm, of_arm in results.items():
+        cells = {result["protocol"]["label_fraction"]: figure(result["overall"][metric]) for result in of_arm}
+        cells |= {found["label_fraction"]: spread(found["overall"][metric]) for found in summaries[arm]}
+        missing = Cell(DASH, note="not evaluated")
+        rows.append((arm, [cells.get(fraction, missing) for fraction in fractions] if cells else []))
+    columns = [(f"{100 * fraction:g} %", ()) for fraction in fractions]
+    title = titled(metric)
+    return Table(f"{title[0].upper()}{title[1:]} by share of the labels", columns, rows)
+
+
+def seed_tables(metric: str, summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
+    """Mean and standard deviation of `metric` over seeds: a table per label fraction and grouping."""
+    shapes: dict[tuple[float, str | None], Mapping[str, Any]] = {}
+    for found in (one for of_arm in summaries.values() for one in of_arm):
+        for grouping in found["groups"] or [None]:
+            shapes.setdefault((found["label_fraction"], grouping), found)
+    tables = []
+    for (fraction, grouping), shape in shapes.items():
+        groups = list(shape["groups"][grouping]) if grouping is not None else []
+        rows: list[tuple[str, Sequence[Cell]]] = []
+        for arm, of_arm in summaries.items():
+            own = next((one for one in of_arm if one["label_fraction"] == fraction), None)
+            cells = [] if own is None else [own["overall"]]
+            cells += [own["groups"][grouping][group] for group in groups] if own else []
+            rows.append((arm, [spread(cell[metric]) for cell in cells]))
+        seeds = ", ".join(map(str, shape["seeds"]))
+        by = f" by {grouping}" if grouping is not None else ""
+        labels = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
+        title = f"{titled(metric)}{by}{labels}, mean and standard deviation over seeds {seeds}"
+        columns = [(heading, ()) for heading in ("all", *groups)]
+        tables.append(Table(f"{title[0].upper()}{title[1:]}", columns, rows))
+    return tables
+
+
+def spread(entry: Mapping[str, Any]) -> Cell:
+    """{"mean", "sd", "n"} as a cell."""
+    if entry["mean"] is None:
+        return Cell(DASH, note="no value")
+    if entry["sd"] is None:
+        return Cell(number(entry["mean"]), note="one seed has a value")
+    return Cell(number(entry["mean"]), f"± {number(entry['sd'])}")
 
 
 def merged_protocol(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -343,16 +405,21 @@ def compared(comparisons: Sequence[Mapping[str, Any]]) -> list[Compared]:
 
 
 def paired_sentence(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """How the intervals of differences were made."""
+    """How the intervals of differences were made. "seeds_of" of a comparison says what its seeds redraw, if
+    that is not the training."""
     seeds = max((len(entry["seeds"]) for entry in comparisons), default=0)
+    kinds = dict.fromkeys(
+        entry.get("seeds_of", "training") for entry in comparisons if len(entry["seeds"]) > 1
+    )
     made = (
         "The first-named arm minus the second, on the same test rows. Intervals: 95 %, from resamples of the "
         "test rows (whole groups, where the table has them) that are the same for both arms"
     )
-    if seeds > 1:
-        made += f", and from the spread of the {seeds} training seeds."
-    else:
-        made += ". There is one training seed, so they exclude the variance between training runs."
+    if kinds:
+        made += f", and from the spread of the {seeds} {' or '.join(kinds)} seeds"
+    made += "."
+    if "training" not in kinds:
+        made += " There is one training seed, so they exclude the variance between training runs."
     return f"{made} Nothing is corrected for the number of comparisons."
 
 

@@ -120,8 +120,31 @@ def test_only_the_first_metric_on_all_labels_is_in_sight(tmp_path: Path) -> None
     page_of(tmp_path, arms=[Arm("SimCLR", "", results)])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     in_sight = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
-    assert re.findall("<caption>(.*)</caption>", in_sight) == ["AUC by scanner"]
-    assert len(re.findall("<caption>", text)) == 4  # 2 metrics, 2 label fractions
+    assert re.findall("<caption>(.*)</caption>", in_sight) == ["AUC by share of the labels", "AUC by scanner"]
+    assert len(re.findall("<caption>", text)) == 5  # 2 metrics, 2 label fractions, and over the fractions
+
+
+def test_several_seeds_are_shown_as_their_mean_and_standard_deviation(tmp_path: Path) -> None:
+    results = [result(lift, lift, fraction=0.1) | {"seeds": {"labels": lift}} for lift in (1, 2, 3)]
+    arms = [Arm("SimCLR", "", [result(2, 4), *results]), Arm("other", "", [result(1, 5)])]
+    page = page_of(tmp_path, arms=arms)
+    _, row, other = page.rows[:3]  # by share of the labels: 10 %, 100 %
+    values = [one["overall"]["auc"]["value"] for one in results]
+    cell = f"{shown(np.mean(values))} ± {shown(np.std(values, ddof=1))}"
+    whole = {key: shown(value) for key, value in result(2, 4)["overall"]["auc"].items()}
+    assert row == ["SimCLR", cell, "{value} [{low}, {high}]".format(**whole)]
+    assert other[1].startswith("—")
+    in_b = [one["groups"]["scanner"]["table"]["B"]["macro_f1"]["value"] for one in results]
+    assert f"{shown(np.mean(in_b))} ± {shown(np.std(in_b, ddof=1))}" in page.text
+    assert "AUC by scanner, 10 % of the labels, mean and standard deviation over seeds 1, 2, 3" in page.text
+
+
+def test_seeds_that_are_not_those_of_the_training_are_called_what_they_are(tmp_path: Path) -> None:
+    arms = [[scores(lift, seed) for seed in range(3)] for lift in (2, 1)]
+    difference = paired_difference(Y, *arms, resamples=50)
+    comparison = {"name": "a − b", "of": "all", "unit": "AUC", "seeds_of": "downstream", **difference}
+    page = page_of(tmp_path, comparisons=[comparison])
+    assert "and from the spread of the 3 downstream seeds. There is one training seed" in page.text
 
 
 def test_cells_stand_below_their_group_and_beside_their_arm(tmp_path: Path) -> None:
