@@ -19,16 +19,14 @@ from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
 from cfssl.errors import nearest
 from cfssl.evaluate.settings import AuditSettings, FineTuningSettings, MonitorSettings, ProbeSettings
+from cfssl.generators import FittedSettings, GeneratorSettings, HVAESettings
 from cfssl.generators.finetune import FinetuneSettings
-from cfssl.generators.hvae import HVAESettings
-from cfssl.generators.oracle import OracleSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
 from cfssl.objectives import ObjectiveSettings, comparison, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
-GeneratorSettings = HVAESettings | OracleSettings
 AnyEvaluation = ProbeSettings | FineTuningSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -109,7 +107,7 @@ def generator_problems(recipe: Recipe) -> list[str]:
         )
     if finetune is None:
         return found
-    if not isinstance(generator, HVAESettings):
+    if not isinstance(generator, HVAESettings | FittedSettings):
         return [*found, "finetune changes an hvae, but generator is not one; set generator.name: hvae"]
     if strangers := sorted(set(finetune.do) - variables):
         found.append(

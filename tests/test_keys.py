@@ -16,6 +16,7 @@ from view_toys import batch_of
 
 from cfssl.data.augment import Photometric, PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, sample_affines
+from cfssl.data.phantoms.chest import ATTRIBUTES
 from cfssl.data.views import ViewBatch
 from cfssl.engine import loop
 from cfssl.engine.checkpoint import save_checkpoint
@@ -25,6 +26,8 @@ from cfssl.errors import UserError
 from cfssl.evaluate import monitor
 from cfssl.evaluate.settings import MonitorSettings
 from cfssl.experiment import Recipe
+from cfssl.generators import HVAESettings
+from cfssl.generators.hvae import HVAEGenerator
 from cfssl.models.backbone import BackboneSettings, create_backbone
 from cfssl.objectives import create_objective
 from cfssl.objectives.dinov2 import DINOv2Settings
@@ -94,6 +97,7 @@ TUNED = PHANTOM | {
         "segmentor": {"structures": ["left_lung"], "part": "second"},
     },
 }
+GIVEN = PHANTOM | {"name": "given", "generator": {"name": "fitted", "file": "given.safetensors"}}
 # Evaluated elsewhere.
 ABROAD = PHANTOM | {
     "name": "abroad",
@@ -140,6 +144,7 @@ OTHERS: dict[str, Any] = {
     "data.split.stratify": ["dx"],
     "data.split.duplicates": "drop",
     "data.split.may_be_empty": ["val"],
+    "generator.file": "other.safetensors",
     "generator.parents": ["scanner"],
     "generator.graph": {"disease": ["sex"]},
     "generator.attributes.mechanisms": {"age": "spline"},
@@ -276,7 +281,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the data sections point to; only names, sizes and times are read."""
+    """What the data sections point to, of which only names, sizes and times are read; and generators."""
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, tmp_path / "other"):
         folder.mkdir(exist_ok=True)
@@ -287,12 +292,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for part in ("t10k", "train"):
             for rest in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz", "morpho.csv"):
                 (tmp_path / digits / f"{part}-{rest}").touch()
+    for name, beta in (("given", 1.0), ("other", 2.0)):
+        settings = HVAESettings(parents=("scanner",), beta=beta)
+        generator = HVAEGenerator(settings, ATTRIBUTES, (1, 64, 64))
+        generator.seal()
+        generator.save(tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, ABROAD, TABLE, TUBE, DIGITS):
+    for content in (PHANTOM, DINO, ORACLE, PUBLISHED, TUNED, GIVEN, ABROAD, TABLE, TUBE, DIGITS):
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):
