@@ -104,6 +104,7 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     if not mistakes:  # names that exist are needed to build anything
         mistakes += [*generator_mistakes(recipe, table), *view_mistakes(recipe, table)]
         mistakes += [*measure_mistakes(recipe, table), *area_mistakes(recipe, table)]
+        mistakes += gate_mistakes(recipe, table)
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
@@ -185,6 +186,20 @@ def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
             "variables of the generator"
         ]
     return []
+
+
+def gate_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What the gate is told to keep and can never find changed."""
+    if recipe.bank.gate is None or recipe.generator is None:
+        return []
+    found, graph = [], recipe.generator.causal_graph(table.attributes)
+    for name, most in recipe.bank.gate.unchanged.items():
+        path = f"bank.gate.unchanged.{name} = {most}"
+        if table.attributes[name].kind != "continuous" and most >= 1:
+            found.append(f"{path}: of a discrete attribute it is a total variation; give less than 1")
+        if all(name in graph.affected([variable]) for variable in recipe.bank.do):
+            found.append(f"{path}: every do() of bank.do affects {name}; name what is to stay, or remove it")
+    return found
 
 
 def measure_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:

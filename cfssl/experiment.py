@@ -136,6 +136,11 @@ def audit_problems(recipe: Recipe) -> list[str]:
             f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge does "
             "not predict; add them to audit.judge.attributes"
         )
+    if gate is not None and (unjudged := sorted(set(gate.unchanged) - set(audit.judge.attributes))):
+        found.append(
+            f"bank.gate.unchanged asks audit.judge about {unjudged}, which it does not predict; add them to "
+            "audit.judge.attributes"
+        )
     guides = [rule.guide for rule in recipe.finetune.rules] if recipe.finetune else []
     for judge, name in ((audit.judge, "judge"), (audit.segmentor, "segmentor")):
         if judge in guides:

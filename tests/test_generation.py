@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from cfssl.bank.gate import gate_text
 from cfssl.cli import main
+from cfssl.data.pixels import to_signed
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe, parse_recipe, write_recipe
 
@@ -32,7 +36,10 @@ TINY: dict[str, Any] = {
         ],
         "train": {"epochs": 1},
     },
-    "bank": {"do": {"scanner": "all"}, "gate": {"probability": 0.3}},
+    "bank": {
+        "do": {"scanner": "all"},
+        "gate": {"probability": 0.3, "unchanged": {"disease": 0.02, "age": 0.1}},
+    },
     "audit": {
         "judge": {
             "attributes": ["scanner", "disease", "age"],
@@ -166,7 +173,7 @@ def test_a_given_generator_that_cannot_be_used_is_refused_by_check(
     outside = content | {"bank": {"do": {"sex": "all"}}, "audit": None}
     for broken, sentence in [
         (larger, "does not fit the table phantom_chest: images are 1 x 64 x 64 there and 1 x 128 x 128"),
-        (gone, f"generator.file = '{tmp_path}/gone.safetensors': the checkpoint {tmp_path}/gone"),
+        (gone, f"generator.file = '{tmp_path}/gone.safetensors': The checkpoint {tmp_path}/gone"),
         (outside, "['sex'], which is not among the generator's variables ['disease', 'scanner']"),
     ]:
         (tmp_path / "broken.yaml").write_text(json.dumps(broken))
@@ -186,6 +193,42 @@ def test_the_share_that_the_gate_rejects_is_in_the_bank(done: Pipeline) -> None:
     assert gate["judged"] == made
     assert gate["rejected"] == made - shown
     assert gate["rejected_share"] == gate["rejected"] / made
+
+
+def test_the_gate_asks_the_judge_what_moved(done: Pipeline) -> None:
+    """Of every stored pair, as the judge reads it."""
+    bank, table = done.generation.bank, done.table
+    judge = done.generation.measure(done.recipe.audit.judge)  # type: ignore[union-attr]
+    items, slots = np.nonzero(bank.made[:, 1:])
+    with torch.no_grad():
+        real, made = (
+            judge(to_signed(bank.gather(items, where))) for where in (np.zeros_like(items), slots + 1)
+        )
+    disease = (real["disease"].softmax(1) - made["disease"].softmax(1))[:, 1].abs()
+    age = (real["age"][:, 0] - made["age"][:, 0]).abs()  # in standard deviations as it is
+    accepted = np.ones(len(items), dtype=bool)
+    for name, change in (("disease", disease), ("age", age)):
+        found = bank.index[f"change.{name}"].to_numpy().reshape(bank.made.shape)[items, slots + 1]
+        np.testing.assert_allclose(found, change, atol=1e-4)
+        most = done.recipe.bank.gate.unchanged[name]  # type: ignore[union-attr]
+        rejected = bank.gate["reasons"][f"unchanged.{name}"]["rejected"]  # type: ignore[index]
+        assert rejected == (found > most).sum()
+        accepted &= found <= most
+    quality = bank.index["quality"].to_numpy().reshape(bank.made.shape)[items, slots + 1]
+    np.testing.assert_array_equal(bank.available[items, slots + 1], accepted & (quality >= 0.3))
+    assert table.fingerprint == bank.plan.table
+
+
+def test_what_the_gate_rejects_is_printed(
+    done: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank, recipe = done.generation.bank, done.folder / "recipe.yaml"
+    assert bank.gate is not None
+    for words in (("build", recipe, "--runs", done.runs), ("show", recipe, "--runs", done.runs)):
+        code, printed = call(monkeypatch, capsys, "bank", *words, "--quiet")
+        assert (code, printed.splitlines()[-2]) == (0, gate_text(bank.gate))
+    code, printed = call(monkeypatch, capsys, "bank", "verify", bank.path, "--quiet")
+    assert (code, printed.splitlines()[0]) == (0, gate_text(bank.gate))
 
 
 def test_the_audit_measures_every_do_and_one_that_draws_its_values(done: Pipeline) -> None:

@@ -91,7 +91,7 @@ TUNED = PHANTOM | {
             {"name": "pos_seg", "guide": {"structures": ["left_lung"]}},
         ],
     },
-    "bank": {"do": {"scanner": "all"}, "gate": {}},
+    "bank": {"do": {"scanner": "all"}, "gate": {"unchanged": {"sex": 0.3}}},
     "audit": {
         "judge": {"attributes": ["scanner", "sex", "disease"], "part": "second"},
         "segmentor": {"structures": ["left_lung"], "part": "second"},
@@ -176,6 +176,7 @@ OTHERS: dict[str, Any] = {
     "audit.segmentor.part": "first",
     "audit.split": "test",
     "bank.do": {"scanner": ["A", "B"]},
+    "bank.gate.unchanged": {"disease": 0.3},
     "views.count": 4,
     "views.local.count": 2,
     "views.size": 32,
@@ -293,7 +294,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             for rest in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz", "morpho.csv"):
                 (tmp_path / digits / f"{part}-{rest}").touch()
     for name, beta in (("given", 1.0), ("other", 2.0)):
-        settings = HVAESettings(parents=("scanner",), beta=beta)
+        settings = HVAESettings(parents=("scanner", "disease"), beta=beta)
         generator = HVAEGenerator(settings, ATTRIBUTES, (1, 64, 64))
         generator.seal()
         generator.save(tmp_path / f"{name}.safetensors")
