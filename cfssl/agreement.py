@@ -9,8 +9,8 @@ from cfssl.evaluate.evaluations import lacking
 from cfssl.evaluate.finetune import view_settings
 from cfssl.evaluate.settings import FineTuningSettings
 from cfssl.experiment import Recipe
-from cfssl.generators import create_generator
-from cfssl.generators.hvae import HVAESettings
+from cfssl.generators import FittedSettings, HVAESettings, create_generator
+from cfssl.generators.fitted import refuse_other_data
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, check_size, create_backbone
@@ -33,7 +33,12 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     rules = recipe.finetune.rules if recipe.finetune else ()
     regressed = {f"finetune.rules[{index}].guide" for index, rule in enumerate(rules) if rule.name == "reg"}
     everything, discrete = ("binary", "categorical", "continuous"), ("binary", "categorical")
-    if recipe.generator is not None:
+    if isinstance(recipe.generator, FittedSettings):
+        try:
+            refuse_other_data(recipe.generator, table)
+        except UserError as error:
+            mistakes.append(str(error))
+    elif recipe.generator is not None:
         for name in recipe.generator.parents:
             known("generator.parents", name, everything)
         for child, causes in recipe.generator.graph.items():
@@ -99,6 +104,7 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
     if not mistakes:  # names that exist are needed to build anything
         mistakes += [*generator_mistakes(recipe, table), *view_mistakes(recipe, table)]
         mistakes += [*measure_mistakes(recipe, table), *area_mistakes(recipe, table)]
+        mistakes += gate_mistakes(recipe, table)
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(f"The recipe {recipe.name} does not fit the table {table.name}:{lines}")
@@ -167,15 +173,33 @@ def generator_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     except UserError as error:
         return [str(error)]
     usable = len(table.rows("train", known=generator.graph.variables))
-    batch = settings.train.batch if isinstance(settings, HVAESettings) else 1
-    if usable < batch:
-        return [f"generator.train.batch = {batch}: only {usable} training images have all its variables"]
+    if usable == 0:
+        return [f"generator.name = {settings.name!r}: no training image has all its variables"]
+    if isinstance(settings, HVAESettings) and usable < settings.train.batch:
+        return [
+            f"generator.train.batch = {settings.train.batch}: only {usable} training images have all its "
+            "variables"
+        ]
     if recipe.finetune is not None and usable < recipe.finetune.train.batch:
         return [
             f"finetune.train.batch = {recipe.finetune.train.batch}: only {usable} training images have all "
             "variables of the generator"
         ]
     return []
+
+
+def gate_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
+    """What the gate is told to keep and can never find changed."""
+    if recipe.bank.gate is None or recipe.generator is None:
+        return []
+    found, graph = [], recipe.generator.causal_graph(table.attributes)
+    for name, most in recipe.bank.gate.unchanged.items():
+        path = f"bank.gate.unchanged.{name} = {most}"
+        if table.attributes[name].kind != "continuous" and most >= 1:
+            found.append(f"{path}: of a discrete attribute it is a total variation; give less than 1")
+        if all(name in graph.affected([variable]) for variable in recipe.bank.do):
+            found.append(f"{path}: every do() of bank.do affects {name}; name what is to stay, or remove it")
+    return found
 
 
 def measure_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:

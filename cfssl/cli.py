@@ -12,6 +12,7 @@ import typer
 from cfssl.errors import UserError
 
 if TYPE_CHECKING:
+    from cfssl.bank.store import Bank
     from cfssl.pipeline import Pipeline
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ def bank_build(
     job = pipeline(recipe, overrides, runs, quiet)
     if job.generation.bank_stage.done:
         job.generation.build_bank(job.generation.bank_stage.folder, check)  # mends what was lost since
+    _print_gate(job.generation.bank)
     print(job.generation.bank.path)
 
 
@@ -136,6 +138,7 @@ def bank_verify(
             f"The bank {folder} is damaged: {'; '.join(broken)}. Delete the named shards and build the bank "
             "again."
         )
+    _print_gate(bank)
     print(f"{folder}: {len(bank)} images, {bank.shard_count} shards, all checksums agree")
 
 
@@ -154,6 +157,7 @@ def bank_show(
     job = pipeline(recipe, overrides, runs, quiet)
     path = output or job.folder / "bank.png"
     bank_sheet(job, path, items)
+    _print_gate(job.generation.bank)
     print(path)
 
 
@@ -229,6 +233,13 @@ def main() -> None:
         if stop.code == INTERRUPTED:  # typer turns an interruption into this code without a word
             _stop(INTERRUPTED, "interrupted; the same command goes on where it stopped.")
         raise
+
+
+def _print_gate(bank: "Bank") -> None:
+    from cfssl.bank.gate import gate_text
+
+    if bank.gate is not None:
+        print(gate_text(bank.gate))
 
 
 def _stop(code: int, sentence: str) -> NoReturn:

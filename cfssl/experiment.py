@@ -19,16 +19,14 @@ from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
 from cfssl.errors import nearest
 from cfssl.evaluate.settings import AuditSettings, FineTuningSettings, MonitorSettings, ProbeSettings
+from cfssl.generators import FittedSettings, GeneratorSettings, HVAESettings
 from cfssl.generators.finetune import FinetuneSettings
-from cfssl.generators.hvae import HVAESettings
-from cfssl.generators.oracle import OracleSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
 from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
-GeneratorSettings = HVAESettings | OracleSettings
 AnyEvaluation = ProbeSettings | FineTuningSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -109,7 +107,7 @@ def generator_problems(recipe: Recipe) -> list[str]:
         )
     if finetune is None:
         return found
-    if not isinstance(generator, HVAESettings):
+    if not isinstance(generator, HVAESettings | FittedSettings):
         return [*found, "finetune changes an hvae, but generator is not one; set generator.name: hvae"]
     if strangers := sorted(set(finetune.do) - variables):
         found.append(
@@ -137,6 +135,11 @@ def audit_problems(recipe: Recipe) -> list[str]:
         found.append(
             f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge does "
             "not predict; add them to audit.judge.attributes"
+        )
+    if gate is not None and (unjudged := sorted(set(gate.unchanged) - set(audit.judge.attributes))):
+        found.append(
+            f"bank.gate.unchanged asks audit.judge about {unjudged}, which it does not predict; add them to "
+            "audit.judge.attributes"
         )
     guides = [rule.guide for rule in recipe.finetune.rules] if recipe.finetune else []
     for judge, name in ((audit.judge, "judge"), (audit.segmentor, "segmentor")):

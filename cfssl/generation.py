@@ -22,7 +22,7 @@ from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run
 from cfssl.evaluate.audit import audit
 from cfssl.files import read_json, write_json
-from cfssl.generators import FittedGenerator, create_generator
+from cfssl.generators import FittedGenerator, FittedSettings, create_generator
 from cfssl.generators.finetune import finetune
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.targets import TargetRule, create_rule
@@ -46,10 +46,13 @@ class Generation:
 
     @cached_property
     def base_stage(self) -> Stage | None:
-        """The generator as the likelihood alone makes it."""
-        if self.recipe.generator is None:
+        """The generator as the likelihood alone makes it, or as it was given."""
+        settings = self.recipe.generator
+        if settings is None:
             return None
         section, precision = self.recipe.section("generator"), self.recipe.hardware.precision
+        if isinstance(settings, FittedSettings):  # what it holds counts, not where it lies
+            section = {**section, "file": settings.content}
         return self.production.stage("generator", section, precision, self.table_key, code=GENERATOR_CODE)
 
     @cached_property
@@ -108,10 +111,11 @@ class Generation:
         generator = create_generator(settings, self.table)
 
         def make(folder: Path) -> None:
-            run = self.production.run(folder)
-            generator.fit(self.table, run)
+            if not isinstance(settings, FittedSettings):
+                run = self.production.run(folder)
+                generator.fit(self.table, run)
+                run.close()
             generator.save(stage.product)
-            run.close()
 
         self.production.finish(stage, make)
         Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
@@ -206,7 +210,7 @@ class Generation:
             with ProgressBar("gate", total=made, unit="views", quiet=quiet) as bar:
                 apply_gate(
                     stage_folder / "bank",
-                    PredictorJudge(judge, tuple(settings.do)),
+                    PredictorJudge(judge, (*settings.do, *settings.gate.unchanged)),
                     settings.gate,
                     judge.fingerprint,
                     table.attributes,

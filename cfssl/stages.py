@@ -57,7 +57,7 @@ ORACLE_CODE = (
     "generators/oracle.py",
     "scm",
 )
-GENERATOR_CODE = (*HVAE_CODE, *ORACLE_CODE, *TRAINING_CODE)
+GENERATOR_CODE = (*HVAE_CODE, "generators/fitted.py", *ORACLE_CODE, *TRAINING_CODE)
 MEASURE_CODE = ("measure", "models/seeded.py", *TRAINING_CODE)
 FINETUNE_CODE = ("generators/finetune.py", "generators/targets.py", *MEASURE_CODE)
 BANK_CODE = (

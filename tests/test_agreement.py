@@ -197,6 +197,43 @@ def test_guides_and_judges_that_cannot_work_are_refused(
     assert str(caught.value).count("\n  - ") == 1
 
 
+@pytest.mark.parametrize(
+    ("unchanged", "sentence"),
+    [
+        ({"grade": 0.999, "age": 3.0}, None),
+        ({"grade": 1.0}, "bank.gate.unchanged.grade = 1.0: of a discrete attribute it is a total variation"),
+        ({"lung_area": 1.0}, "bank.gate.unchanged.lung_area = 1.0: every do() of bank.do affects lung_area"),
+    ],
+)
+def test_what_a_gate_could_never_find_changed_is_refused(
+    measured: ImageTable, unchanged: dict[str, float], sentence: str | None
+) -> None:
+    attributes, gate = ["grade", "age", "lung_area"], {"unchanged": unchanged}
+    gated = guided(audit__judge__attributes=attributes, bank__gate=gate)
+    if sentence is None:
+        check_against_table(gated, measured)
+        return
+    with pytest.raises(UserError) as caught:
+        check_against_table(gated, measured)
+    assert sentence in str(caught.value)
+    assert str(caught.value).count("\n  - ") == 1
+
+
+def test_what_descends_from_one_do_alone_may_be_asked_to_stay_under_another(measured: ImageTable) -> None:
+    changes: dict[str, Any] = {
+        "generator__graph": {"lung_area": ["grade"]},
+        "audit__judge__attributes": ["grade", "lung_area"],
+        "bank__gate": {"unchanged": {"grade": 0.3}},
+    }
+    both, one = {"lung_area": [20.0], "grade": "all"}, {"grade": "all"}
+    check_against_table(guided(**changes, bank__do=both), measured)
+    with pytest.raises(UserError, match=r"every do\(\) of bank\.do affects grade"):
+        check_against_table(guided(**changes, bank__do=one), measured)
+    changes["bank__gate"] = {"unchanged": {"lung_area": 1.0}}
+    with pytest.raises(UserError, match=r"every do\(\) of bank\.do affects lung_area"):
+        check_against_table(guided(**changes, bank__do=both), measured)
+
+
 def test_mistakes_in_guides_and_judges_are_reported_together(measured: ImageTable) -> None:
     with pytest.raises(UserError) as caught:
         check_against_table(guided(finetune__train__batch=31, audit__segmentor=None), measured)

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from cfssl.bank.gate import gate_text
 from cfssl.cli import main
+from cfssl.data.pixels import to_signed
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe, parse_recipe, write_recipe
 
@@ -32,7 +36,10 @@ TINY: dict[str, Any] = {
         ],
         "train": {"epochs": 1},
     },
-    "bank": {"do": {"scanner": "all"}, "gate": {"probability": 0.3}},
+    "bank": {
+        "do": {"scanner": "all"},
+        "gate": {"probability": 0.3, "unchanged": {"disease": 0.02, "age": 0.1}},
+    },
     "audit": {
         "judge": {
             "attributes": ["scanner", "disease", "age"],
@@ -109,6 +116,73 @@ def test_fine_tuning_leaves_the_base_generator_as_it_was(done: Pipeline) -> None
     assert base.fingerprint == plain.fingerprint != tuned.fingerprint
 
 
+def given(done: Pipeline) -> dict[str, Any]:
+    """The base generator of the finished recipe, as a file somebody else gave."""
+    assert done.generation.base_stage is not None
+    return {"name": "fitted", "file": str(done.generation.base_stage.product)}
+
+
+def test_a_given_generator_makes_the_bank_of_the_recipe_that_fitted_it(
+    done: Pipeline, tmp_path: Path
+) -> None:
+    plain: dict[str, Any] = {"finetune": None, "audit": None, "bank": {"do": {"scanner": "all"}}}
+    own, other = job(done.runs, **plain), job(tmp_path, generator=given(done), **plain)
+    banks = [made.generation.bank.path for made in (own, other)]
+    first, second = ({file.name: file.read_bytes() for file in path.iterdir()} for path in banks)
+    assert banks[0] != banks[1]
+    assert first == second
+
+
+def test_a_given_generator_is_fine_tuned_to_the_same_weights(done: Pipeline) -> None:
+    tuned = job(done.runs, generator=given(done), audit=None, bank={"do": {"scanner": "all"}})
+    assert tuned.generation.generator_stage != done.generation.generator_stage
+    assert tuned.generation.generator is not None
+    assert tuned.generation.generator.fingerprint == done.generation.generator.fingerprint  # type: ignore[union-attr]
+
+
+def test_the_stage_of_a_given_generator_is_known_by_its_content(done: Pipeline, tmp_path: Path) -> None:
+    here, there = given(done), {"name": "fitted", "file": str(tmp_path / "elsewhere.safetensors")}
+    shutil.copy(here["file"], there["file"])
+    first, second = (job(done.runs, generator=generator).stages() for generator in (here, there))
+    assert first == second
+    assert done.generation.generator is not None
+    done.generation.generator.save(Path(there["file"]))  # another one: fine-tuned
+    changed = job(done.runs, generator=there).stages()
+    kept = [old.name for old, new in zip(first, changed, strict=True) if old == new]
+    assert kept == ["table", "measure", "measure", "measure"]
+
+
+def test_a_given_generator_outlives_its_file(done: Pipeline, tmp_path: Path) -> None:
+    """The stage holds it, as it holds one that was fitted."""
+    made = job(done.runs, generator=given(done)).generation
+    assert made.base is not None
+    assert made.base_stage is not None
+    again = tmp_path / "again.safetensors"
+    made.base.save(again)
+    assert (
+        again.read_bytes() == made.base_stage.product.read_bytes() == Path(given(done)["file"]).read_bytes()
+    )
+
+
+def test_a_given_generator_that_cannot_be_used_is_refused_by_check(
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = done.recipe.model_dump(mode="json") | {"generator": given(done)}
+    larger = content | {"data": {"name": "phantom_chest", "count": 240, "size": 128}}
+    gone = content | {"generator": {"name": "fitted", "file": str(tmp_path / "gone.safetensors")}}
+    outside = content | {"bank": {"do": {"sex": "all"}}, "audit": None}
+    for broken, sentence in [
+        (larger, "does not fit the table phantom_chest: images are 1 x 64 x 64 there and 1 x 128 x 128"),
+        (gone, f"generator.file = '{tmp_path}/gone.safetensors': The checkpoint {tmp_path}/gone"),
+        (outside, "['sex'], which is not among the generator's variables ['disease', 'scanner']"),
+    ]:
+        (tmp_path / "broken.yaml").write_text(json.dumps(broken))
+        code, printed = call(monkeypatch, capsys, "check", tmp_path / "broken.yaml", "--runs", tmp_path / "r")
+        assert code == 2
+        assert sentence in printed
+        assert printed.count("\n  - ") == 1
+
+
 def test_the_share_that_the_gate_rejects_is_in_the_bank(done: Pipeline) -> None:
     bank = done.generation.bank
     gate = json.loads((bank.path / "bank.json").read_text())["gate"]
@@ -119,6 +193,42 @@ def test_the_share_that_the_gate_rejects_is_in_the_bank(done: Pipeline) -> None:
     assert gate["judged"] == made
     assert gate["rejected"] == made - shown
     assert gate["rejected_share"] == gate["rejected"] / made
+
+
+def test_the_gate_asks_the_judge_what_moved(done: Pipeline) -> None:
+    """Of every stored pair, as the judge reads it."""
+    bank, table = done.generation.bank, done.table
+    judge = done.generation.measure(done.recipe.audit.judge)  # type: ignore[union-attr]
+    items, slots = np.nonzero(bank.made[:, 1:])
+    with torch.no_grad():
+        real, made = (
+            judge(to_signed(bank.gather(items, where))) for where in (np.zeros_like(items), slots + 1)
+        )
+    disease = (real["disease"].softmax(1) - made["disease"].softmax(1))[:, 1].abs()
+    age = (real["age"][:, 0] - made["age"][:, 0]).abs()  # in standard deviations as it is
+    accepted = np.ones(len(items), dtype=bool)
+    for name, change in (("disease", disease), ("age", age)):
+        found = bank.index[f"change.{name}"].to_numpy().reshape(bank.made.shape)[items, slots + 1]
+        np.testing.assert_allclose(found, change, atol=1e-4)
+        most = done.recipe.bank.gate.unchanged[name]  # type: ignore[union-attr]
+        rejected = bank.gate["reasons"][f"unchanged.{name}"]["rejected"]  # type: ignore[index]
+        assert rejected == (found > most).sum()
+        accepted &= found <= most
+    quality = bank.index["quality"].to_numpy().reshape(bank.made.shape)[items, slots + 1]
+    np.testing.assert_array_equal(bank.available[items, slots + 1], accepted & (quality >= 0.3))
+    assert table.fingerprint == bank.plan.table
+
+
+def test_what_the_gate_rejects_is_printed(
+    done: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank, recipe = done.generation.bank, done.folder / "recipe.yaml"
+    assert bank.gate is not None
+    for words in (("build", recipe, "--runs", done.runs), ("show", recipe, "--runs", done.runs)):
+        code, printed = call(monkeypatch, capsys, "bank", *words, "--quiet")
+        assert (code, printed.splitlines()[-2]) == (0, gate_text(bank.gate))
+    code, printed = call(monkeypatch, capsys, "bank", "verify", bank.path, "--quiet")
+    assert (code, printed.splitlines()[0]) == (0, gate_text(bank.gate))
 
 
 def test_the_audit_measures_every_do_and_one_that_draws_its_values(done: Pipeline) -> None:

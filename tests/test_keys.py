@@ -16,6 +16,7 @@ from view_toys import batch_of
 
 from cfssl.data.augment import Photometric, PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, sample_affines
+from cfssl.data.phantoms.chest import ATTRIBUTES
 from cfssl.data.views import ViewBatch
 from cfssl.engine import loop
 from cfssl.engine.checkpoint import save_checkpoint
@@ -25,6 +26,8 @@ from cfssl.errors import UserError
 from cfssl.evaluate import monitor
 from cfssl.evaluate.settings import MonitorSettings
 from cfssl.experiment import Recipe
+from cfssl.generators import HVAESettings
+from cfssl.generators.hvae import HVAEGenerator
 from cfssl.models.backbone import BackboneSettings, create_backbone
 from cfssl.objectives import create_objective
 from cfssl.objectives.baselines import BarlowTwinsSettings, BYOLSettings, MoCoSettings, VICRegSettings
@@ -88,12 +91,13 @@ TUNED = PHANTOM | {
             {"name": "pos_seg", "guide": {"structures": ["left_lung"]}},
         ],
     },
-    "bank": {"do": {"scanner": "all"}, "gate": {}},
+    "bank": {"do": {"scanner": "all"}, "gate": {"unchanged": {"sex": 0.3}}},
     "audit": {
         "judge": {"attributes": ["scanner", "sex", "disease"], "part": "second"},
         "segmentor": {"structures": ["left_lung"], "part": "second"},
     },
 }
+GIVEN = PHANTOM | {"name": "given", "generator": {"name": "fitted", "file": "given.safetensors"}}
 # Evaluated elsewhere.
 ABROAD = PHANTOM | {
     "name": "abroad",
@@ -146,6 +150,7 @@ OTHERS: dict[str, Any] = {
     "data.split.stratify": ["dx"],
     "data.split.duplicates": "drop",
     "data.split.may_be_empty": ["val"],
+    "generator.file": "other.safetensors",
     "generator.parents": ["scanner"],
     "generator.graph": {"disease": ["sex"]},
     "generator.attributes.mechanisms": {"age": "spline"},
@@ -171,12 +176,13 @@ OTHERS: dict[str, Any] = {
     "finetune.rules.2.name": "seg",
     "finetune.rules.2.guide.structures": ["left_lung", "heart"],
     "finetune.rules.2.guide.part": "first",
-    "audit.judge.attributes": ["scanner", "disease"],
+    "audit.judge.attributes": ["scanner", "sex"],
     "audit.judge.part": "first",
     "audit.segmentor.structures": ["left_lung", "heart"],
     "audit.segmentor.part": "first",
     "audit.split": "test",
     "bank.do": {"scanner": ["A", "B"]},
+    "bank.gate.unchanged": {"disease": 0.3},
     "views.count": 4,
     "views.local.count": 2,
     "views.size": 32,
@@ -283,7 +289,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the data sections point to; only names, sizes and times are read."""
+    """What the data sections point to, of which only names, sizes and times are read; and generators."""
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, tmp_path / "other"):
         folder.mkdir(exist_ok=True)
@@ -294,12 +300,18 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for part in ("t10k", "train"):
             for rest in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz", "morpho.csv"):
                 (tmp_path / digits / f"{part}-{rest}").touch()
+    for name, beta in (("given", 1.0), ("other", 2.0)):
+        settings = HVAESettings(parents=("scanner", "disease"), beta=beta)
+        generator = HVAEGenerator(settings, ATTRIBUTES, (1, 64, 64))
+        generator.seal()
+        generator.save(tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    for content in (PHANTOM, DINO, *BASELINES, ORACLE, PUBLISHED, TUNED, ABROAD, TABLE, TUBE, DIGITS):
+    recipes = (PHANTOM, DINO, *BASELINES, ORACLE, PUBLISHED, TUNED, GIVEN, ABROAD, TABLE, TUBE, DIGITS)
+    for content in recipes:
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
             if key in WITHOUT_A_KEY or (key in TOGETHER and not value):

@@ -146,6 +146,11 @@ BOTH = "{do: {sex: all, scanner: all}, gate: {}}"
         (["bank.gate={}", "audit=null"], "bank.gate drops views that audit.judge disagrees with"),
         ([f"bank={BOTH}"], "bank.gate asks audit.judge about ['sex']"),
         (
+            ["bank.gate.unchanged={disease: 0.3, scanner: 0.3}"],
+            "bank.gate.unchanged asks audit.judge about ['disease'], which it does not predict",
+        ),
+        (["bank.gate.unchanged={scanner: 0}"], "gate.unchanged.scanner = 0: input should be greater than 0"),
+        (
             ["audit.judge.part=all", "audit.judge.attributes=[scanner, sex]"],
             "audit.judge is the very guide of finetune.rules[0]",
         ),

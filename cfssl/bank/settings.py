@@ -12,10 +12,15 @@ from cfssl.settings import STRICT, Count, Positive, Probability
 class GateSettings:
     """Which counterfactuals are shown to an encoder. `probability`: the least that the judge has to give to
     the value that a discrete attribute was set to. `error`: the most by which it may miss that of a
-    continuous one, in standard deviations over its training rows."""
+    continuous one, in standard deviations over its training rows.
+
+    `unchanged`: the most by which the judge's opinion of an attribute may move from the real image to its
+    counterfactual, unless the do() affects it: in total variation of a discrete one, in these standard
+    deviations of a continuous one."""
 
     probability: Probability = 0.5
     error: Positive = 1.0
+    unchanged: dict[str, Positive] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)

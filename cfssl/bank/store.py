@@ -89,8 +89,8 @@ class Bank:
     def index(self) -> pd.DataFrame:
         """One row per (item, slot), item by item: item, slot, row (of the table), do (JSON), available, seed
         (of what the do() makes follow; -1: nothing follows), checksum (16 bytes), then `factual.NAME` and
-        `counterfactual.NAME` of every attribute in natural values; of a gated bank also quality, error and
-        accepted (see `cfssl.bank.gate`)."""
+        `counterfactual.NAME` of every attribute in natural values; of a gated bank also quality, error,
+        `change.NAME` and accepted (see `cfssl.bank.gate`)."""
         return self._read_index(None).to_pandas()
 
     @cached_property

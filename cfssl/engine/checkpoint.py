@@ -6,6 +6,7 @@ it.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ def save_checkpoint(path: Path, state: Any) -> None:
         save_file(tensors, temporary, metadata={"cfssl": json.dumps(skeleton)})
 
 
-def load_checkpoint(path: Path) -> Any:
-    """The state written by `save_checkpoint`, on the CPU. Raises `UserError` for a missing, truncated or
-    foreign file."""
+def load_checkpoint(path: Path, parts: Collection[str] | None = None) -> Any:
+    """The state written by `save_checkpoint`, on the CPU; of a dict only its `parts`, where these are given.
+    Raises `UserError` for a missing, truncated or foreign file."""
     if not path.exists():
         raise UserError(f"The checkpoint {path} does not exist; check the path or train first.")
+    if path.is_dir():
+        raise UserError(f"The checkpoint {path} is a folder, expected a file; give one that lies in it.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -41,7 +44,10 @@ def load_checkpoint(path: Path) -> Any:
                     f"{path} is a safetensors file but not a cfssl checkpoint; give a checkpoint that cfssl "
                     "wrote."
                 )
-            return _unpack(json.loads(metadata["cfssl"]), file)
+            skeleton = json.loads(metadata["cfssl"])
+            if parts is not None and isinstance(skeleton, dict) and "pairs" in skeleton:
+                skeleton = {"pairs": [pair for pair in skeleton["pairs"] if pair[0] in parts]}
+            return _unpack(skeleton, file)
     except SafetensorError as error:
         raise UserError(
             f"The checkpoint {path} cannot be read ({error}); it is damaged: delete it and train again."

@@ -7,10 +7,11 @@ import torch
 
 from cfssl.data.table import ImageTable
 from cfssl.generators.base import Generator
+from cfssl.generators.fitted import FittedSettings, load_fitted
 from cfssl.generators.hvae import HVAEGenerator, HVAESettings
 from cfssl.generators.oracle import OracleGenerator, OracleSettings
 
-GeneratorSettings = HVAESettings | OracleSettings
+GeneratorSettings = HVAESettings | FittedSettings | OracleSettings
 
 
 class FittedGenerator(Generator, Protocol):
@@ -26,7 +27,10 @@ class FittedGenerator(Generator, Protocol):
 
 
 def create_generator(settings: GeneratorSettings, table: ImageTable) -> FittedGenerator:
-    """The generator of `settings` for the attributes and image shape of `table`, not yet fitted."""
+    """The generator of `settings` for the attributes and image shape of `table`, not yet fitted unless they
+    name a fitted one."""
+    if isinstance(settings, FittedSettings):
+        return load_fitted(settings, table)
     if isinstance(settings, OracleSettings):
         return OracleGenerator(settings, table)
     return HVAEGenerator(settings, table.attributes, table.images.shape)

@@ -68,7 +68,7 @@ class HVAEGenerator:
         self._identity = {
             "settings": TypeAdapter(HVAESettings).dump_python(settings, mode="json"),
             "graph": self.graph.to_json(),
-            "attributes": {name: _kind(attributes[name]) for name in self.graph.variables},
+            "attributes": {name: coding(attributes[name]) for name in self.graph.variables},
             "shape": list(shape),
         }
         if settings.balance is not None:
@@ -220,15 +220,12 @@ class HVAEGenerator:
 
     def load(self, path: Path) -> None:
         """Raises `UserError` when the file belongs to other settings, attributes or images."""
-        state = load_checkpoint(path)
-        found = state.get("hvae") if isinstance(state, dict) else None
-        if found is None:
-            raise UserError(f"{path} holds no HVAE generator; give a file that one has saved, or fit it.")
-        if differing := differences(found, self._identity):
+        if differing := differences(saved_identity(path), self._identity):
             raise UserError(
                 f"{path} was written by another HVAE generator ({'; '.join(differing)}); fit it again, or "
                 "load it with the settings and the table it was made with."
             )
+        state = load_checkpoint(path)
         try:
             self.network.load_state_dict(state["network"])
             self.encoder.load_state_dict(state["encoder"])
@@ -285,7 +282,17 @@ class HVAEGenerator:
         self._state_fingerprint = digest.hexdigest()
 
 
-def _kind(attribute: Attribute) -> list[Any]:
+def saved_identity(path: Path) -> dict[str, Any]:
+    """Settings, graph, attributes and image shape of the generator in a file; weights are not read. Raises
+    `UserError` for a file that holds none."""
+    state = load_checkpoint(path, parts=("hvae",))
+    if not isinstance(state, dict) or "hvae" not in state:
+        raise UserError(f"{path} holds no HVAE generator; give a file that one has saved, or fit it.")
+    identity: dict[str, Any] = state["hvae"]
+    return identity
+
+
+def coding(attribute: Attribute) -> list[str]:
     """What decides how an attribute is encoded."""
     return [attribute.kind, *attribute.categories]
 

@@ -135,8 +135,12 @@ class ToyJudge:
                     (view.numpy().tobytes(), target_text(bank.views[slot - 1])), (item, slot)
                 )
 
-    def __call__(self, images, target):
+    def see(self, images):
         assert images.dtype == torch.float32
+        return {"images": images}
+
+    def agreement(self, seen, target):
+        images = seen["images"]
         assert {len(value) for value in target.values()} == {len(images)}
         asked = [
             target_text({name: natural(name, value[place]) for name, value in target.items()})

@@ -1,10 +1,12 @@
 """The quality gate: exactly the views that the judge disagrees with go, and whatever happens while it is
 written, nobody reads half of it."""
 
+import itertools
 import json
 import multiprocessing
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -250,33 +252,36 @@ def test_a_build_that_runs_again_leaves_the_gate(path, table):
 def test_answers_that_are_none_are_refused_before_anything_is_written(path, agreement, error, what):
     before = snapshot(path)
 
-    def judge(images, target):
-        return np.full(len(images), agreement), np.full(len(images), error)
+    def judge(answer):
+        return SimpleNamespace(see=lambda images: {"x": images}, agreement=answer)
+
+    def full(seen, target):
+        return np.full(len(seen["x"]), agreement), np.full(len(seen["x"]), error)
 
     with pytest.raises(UserError, match=f"The judge answers .*scanner.* with {what} "):
-        apply_gate(path, judge, GATE, "judge-1", ATTRIBUTES)
+        apply_gate(path, judge(full), GATE, "judge-1", ATTRIBUTES)
     with pytest.raises(UserError, match=r"The judge answers .*expected numbers from 0 to 1\.0 for each"):
-        apply_gate(path, lambda x, target: (0.9, np.full(len(x), np.nan)), GATE, "judge-1", ATTRIBUTES)
+        apply_gate(path, judge(lambda *_: (0.9, np.nan)), GATE, "judge-1", ATTRIBUTES)
     assert snapshot(path) == before
 
 
 def test_a_bank_that_changes_while_it_is_judged_is_refused_and_left_alone(path):
     before = snapshot(path)
-    toy = ToyJudge(Bank.open(path))
 
-    def judge(images, target):
-        (path / "shard-00001.parquet").unlink(missing_ok=True)
-        return toy(images, target)
+    class Disturbed(ToyJudge):
+        def see(self, images):
+            (path / "shard-00001.parquet").unlink(missing_ok=True)
+            return super().see(images)
 
     with pytest.raises(UserError, match="is not what it was when its views were judged"):
-        apply_gate(path, judge, GATE, "judge-1", ATTRIBUTES)
+        apply_gate(path, Disturbed(Bank.open(path)), GATE, "judge-1", ATTRIBUTES)
     assert before.items() > snapshot(path).items()
 
 
 def test_an_unfinished_bank_is_refused(tmp_path, table):
     build_toy(tmp_path / "bank", table, views=VIEWS, shards=range(2))
     with pytest.raises(UserError, match="has 2 of 4 shards"):
-        apply_gate(tmp_path / "bank", lambda x, target: None, GATE, "judge-1", ATTRIBUTES)
+        apply_gate(tmp_path / "bank", None, GATE, "judge-1", ATTRIBUTES)
 
 
 # damage -----------------------------------------------------------------------------------------------------
@@ -459,7 +464,8 @@ def test_the_predictor_judges_by_the_least_probability_and_the_largest_error(pre
         name: torch.full((7,), value, dtype=torch.float32 if name == "age" else torch.long)
         for name, value in view.items()
     }
-    agreement, error = PredictorJudge(predictor, view)(x, target)
+    judge = PredictorJudge(predictor, view)
+    agreement, error = judge.agreement(judge.see(x), target)
     assert (agreement.dtype, error.dtype) == (np.float64, np.float64)
     with torch.no_grad():
         logits = {name: out.double().numpy() for name, out in predictor(x).items()}
@@ -494,4 +500,35 @@ def test_a_variable_that_is_not_predicted_is_refused(predictor):
 
 def test_images_of_another_size_are_refused(predictor):
     with pytest.raises(UserError, match=r"\(1, 6, 6\).* \(1, 6, 5\); train one on images of this size"):
-        PredictorJudge(predictor, [])(torch.zeros(2, 1, 6, 6), {})
+        PredictorJudge(predictor, []).see(torch.zeros(2, 1, 6, 6))
+
+
+def test_the_predictor_tells_how_far_its_own_opinion_moved(predictor):
+    x = torch.rand(2, 7, 1, 6, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    judge = PredictorJudge(predictor, ATTRIBUTES)
+    before, seen = judge.see(x[0]), judge.see(x[1])
+    with torch.no_grad():
+        logits = [{name: out.double().numpy() for name, out in predictor(part).items()} for part in x]
+    for name in ATTRIBUTES:
+        found = judge.change(seen, before, name)
+        assert (found.dtype, found.shape) == (np.float64, (7,))
+        np.testing.assert_array_equal(judge.change(before, seen, name), found)
+        np.testing.assert_array_equal(judge.change(seen, seen, name), 0)
+        for place in range(7):
+            first, second = (part[name][place] for part in logits)
+            if name == "age":
+                expected = abs((first[0] * 12.5 + 50.0) - (second[0] * 12.5 + 50.0)) / 12.5
+            else:  # the largest difference that any event has
+                p, q = (np.exp(out) / np.exp(out).sum() for out in (first, second))
+                events = itertools.product([False, True], repeat=len(p))
+                expected = max(p[list(event)].sum() - q[list(event)].sum() for event in events)
+            np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_opinions_that_cannot_differ_more_have_moved_by_one(predictor):
+    judge = PredictorJudge(predictor, ["scanner"])
+    sure = torch.tensor([[50.0, 0, 0], [0.3, 0.1, 0.2]])
+    other = torch.tensor([[0, 50.0, 0], [0.1, 0.3, 0.2]])
+    found = judge.change({"scanner": sure}, {"scanner": other}, "scanner")
+    assert found[0] == 1
+    assert 0 < found[1] < 0.1
