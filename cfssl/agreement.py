@@ -1,7 +1,5 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
-from dataclasses import replace
-
 from cfssl.bank.build import plan_views
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest, quoted
@@ -14,6 +12,7 @@ from cfssl.generators.fitted import refuse_other_data
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, check_size, create_backbone
+from cfssl.models.initial import check_initial
 from cfssl.objectives import coded_columns, known_attributes
 from cfssl.objectives.dinov2 import DINOv2Settings, check_masking
 
@@ -275,19 +274,21 @@ def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
 
 
 def encoder_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
-    """What views and objective ask of an encoder that does not have it."""
+    """What views and objective ask of an encoder that does not have it, and weights that do not fit it."""
     backbone, local, objective = recipe.backbone, recipe.views.local, recipe.objective
-    if not (backbone.drop_path or backbone.options or local or isinstance(objective, DINOv2Settings)):
+    is_dinov2 = isinstance(objective, DINOv2Settings)
+    if not (backbone.drop_path or backbone.options or local or is_dinov2 or recipe.init):
         return []
     channels, size = recipe.views.shape(table.images.shape)
     sizes = [size, (local.size, local.size)] if local else [size]
     try:
-        settings = replace(backbone, pretrained=False)
-        encoder = create_backbone(settings, channels, size, seed=0, any_size=local is not None)
+        encoder = create_backbone(backbone, channels, size, seed=0, any_size=local is not None)
         for each in sizes:
-            check_size(encoder, settings.name, channels, each)
+            check_size(encoder, backbone.name, channels, each)
         if isinstance(objective, DINOv2Settings):
             check_masking(objective, encoder)
+        if recipe.init is not None:
+            check_initial(recipe.init, encoder, backbone.name, channels)
     except UserError as error:
         return [str(error)]
     return []

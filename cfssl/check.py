@@ -8,6 +8,7 @@ from rich.text import Text
 from cfssl.data.datasets import TableSettings, check_files
 from cfssl.data.table import SPLITS, ImageTable
 from cfssl.files import read_json
+from cfssl.models.initial import described
 from cfssl.pipeline import Pipeline
 
 SHOWN_VALUES = 6
@@ -43,6 +44,9 @@ def describe(job: Pipeline) -> None:
         if isinstance(settings, TableSettings):
             check_files(settings, external)
         console.print(external_of(job, name, external))
+    if job.recipe.init is not None:
+        record = job.new_encoder()[1] or read_json(job.encoder_stage.folder / "init.json")
+        console.print(described(record))
     console.print(stages_of(job))
 
 

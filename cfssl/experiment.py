@@ -23,6 +23,7 @@ from cfssl.generators import FittedSettings, GeneratorSettings, HVAESettings
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
 from cfssl.models.backbone import BackboneSettings
+from cfssl.models.initial import InitSettings
 from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
 
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
         default_factory=SimCLRSettings
     )
     backbone: BackboneSettings = Field(default_factory=BackboneSettings)
+    init: InitSettings | None = None
     train: TrainSettings = Field(default_factory=TrainSettings)
     monitor: MonitorSettings | None = None
     external: dict[Name, Annotated[DataSettings, Field(discriminator="name")]] = Field(default_factory=dict)
@@ -202,6 +204,11 @@ def training_problems(recipe: Recipe) -> list[str]:
             f"train.accumulate is {accumulate}, but {compared} compares the images of a micro-batch with "
             f"each other, {recipe.train.batch // accumulate} instead of the {recipe.train.batch} of "
             "train.batch; set train.accumulate: 1 and choose train.batch to fit the memory"
+        )
+    if recipe.init is not None and recipe.init.head_warmup >= recipe.train.epochs:
+        found.append(
+            f"init.head_warmup is {recipe.init.head_warmup} and train.epochs {recipe.train.epochs}, so that "
+            "the backbone would never be trained; lower it"
         )
     for path, train in recipe.trainings().items():
         if train.batch % train.accumulate:

@@ -9,6 +9,7 @@ a stage share it. A stage that was interrupted goes on where it stopped. `RUNS/<
 person looks for: the resolved recipe, the environment, which stages were used, and the report.
 """
 
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from cfssl.evaluation import Evaluation
 from cfssl.experiment import Recipe
 from cfssl.files import write_json
 from cfssl.generation import Generation
-from cfssl.models.backbone import create_backbone
 from cfssl.models.export import export_encoder, refuse_used_folder
+from cfssl.models.initial import described, hold_backbone, init_key, initial_encoder
 from cfssl.objectives import coded_columns, create_objective, known_attributes
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
@@ -60,7 +61,7 @@ class Pipeline:
     @cached_property
     def encoder_stage(self) -> Stage:
         sections = [self.recipe.section(name) for name in ("views", "objective", "backbone", "train")]
-        keys = self.recipe.hardware.precision, self.generation.bank_stage.key
+        keys = self.recipe.hardware.precision, self.generation.bank_stage.key, init_key(self.recipe.init)
         return self.production.stage("encoder", sections, *keys, code=ENCODER_CODE)
 
     def stages(self) -> list[Stage]:
@@ -96,13 +97,19 @@ class Pipeline:
             categories,
         )
 
-    def new_objective(self) -> nn.Module:
-        """The objective as it is before training: the same weights for every recipe with this backbone,
-        objective and seed."""
+    def new_encoder(self) -> tuple[nn.Module, dict[str, Any] | None]:
+        """The encoder as it is before training, and the record of the weights that it starts from; a trained
+        one needs none."""
         recipe = self.recipe
         channels, size = recipe.views.shape(self.table.images.shape)
-        several = recipe.views.local is not None
-        encoder = create_backbone(recipe.backbone, channels, size, recipe.train.seed, any_size=several)
+        init, any_size = None if self.encoder_stage.done else recipe.init, recipe.views.local is not None
+        return initial_encoder(recipe.backbone, init, channels, size, recipe.train.seed, any_size)
+
+    def new_objective(self) -> nn.Module:
+        """The objective as it is before training: the same weights for every recipe with this backbone, init,
+        objective and seed."""
+        recipe = self.recipe
+        encoder, _ = self.new_encoder()
         classes = None
         if isinstance(recipe.objective, SupervisedSettings):
             classes = len(self.table.attributes[recipe.objective.target].categories)
@@ -120,9 +127,15 @@ class Pipeline:
         label = f"{self.recipe.name}: {self.recipe.objective.name}"
 
         def make(folder: Path) -> None:
-            run = self.production.run(folder)
+            run, data, init = self.production.run(folder), self.view_data(), self.recipe.init
             self.first_batch()
-            fit(objective, self.view_data(), self.recipe.train, run, label, self.monitor(objective, run))
+            if init is not None:
+                _, record = self.new_encoder()
+                assert record is not None
+                write_json(folder / "init.json", record)
+                print(described(record), file=sys.stderr)
+                hold_backbone(objective, init.head_warmup * data.order.steps_per_epoch)
+            fit(objective, data, self.recipe.train, run, label, self.monitor(objective, run))
             save_checkpoint(stage.product, objective.state_dict())
             run.close()
 

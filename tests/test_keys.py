@@ -56,6 +56,7 @@ PHANTOM: dict[str, Any] = {
         "second_photometric": {},
     },
     "objective": {"name": "simclr"},
+    "init": {"backbone": "w.pth"},
     "monitor": {"target": "disease"},
     "evaluate": [{"name": "knn", "target": "disease"}],
 }
@@ -196,6 +197,7 @@ OTHERS: dict[str, Any] = {
     "objective.centring": "sinkhorn",
     "backbone.name": "resnet34",
     "backbone.options": {"stem_width": 32},
+    "init.backbone": "v.pth",
     "evaluate": [{"name": "knn", "target": "dx"}],
     "evaluate.0.name": "linear_probe",
     "evaluate.0.target": "sex",
@@ -231,6 +233,7 @@ TOGETHER = {
     "views.second_photometric",
     "external",
     "evaluate.0.external",
+    "init",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
@@ -291,6 +294,8 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the data sections point to, of which only names, sizes and times are read; and generators."""
     monkeypatch.chdir(tmp_path)
+    for weights in ("w.pth", "v.pth"):
+        (tmp_path / weights).write_text(weights)
     for folder in (tmp_path, tmp_path / "other"):
         folder.mkdir(exist_ok=True)
         for name in ("t.csv", "u.csv"):

@@ -13,12 +13,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import cfssl.production
 import cfssl.stages
 from cfssl import provenance
+from cfssl.check import describe
+from cfssl.engine.loop import fit
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
+from cfssl.models.initial import content_hash, hold_backbone
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe, parse_recipe
 from cfssl.seeds import numpy_generator
@@ -253,9 +257,48 @@ def test_a_monitor_of_an_unknown_target_is_refused_before_anything_is_trained(tm
         job(tmp_path, monitor={"target": "age"}).table  # noqa: B018
 
 
-def test_training_stopped_in_the_middle_goes_on_to_the_same_weights(done: Pipeline, tmp_path: Path) -> None:
-    from cfssl.engine.loop import fit
+def test_pre_training_goes_on_from_an_export_and_says_what_it_took(
+    done: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done.runs, tmp_path / "runs")
+    done.export(tmp_path / "exported")
+    init = {"backbone": str(tmp_path / "exported"), "head_warmup": 1}
+    going_on = job(tmp_path / "runs", init=init, train={"epochs": 2, "batch": 48})
+    assert {stage.name for stage in going_on.stages() if not stage.done} == {
+        "encoder",
+        "features",
+        "evaluation",
+    }
+    start = going_on.new_encoder()[0].state_dict()
+    assert all(torch.equal(start[name], value) for name, value in done.encoder.state_dict().items())
+    describe(going_on)
+    assert "init: 100.00% of" in capsys.readouterr().out
+    going_on.objective  # noqa: B018  trains
+    assert "init: 100.00% of" in capsys.readouterr().err
+    record = json.loads((going_on.encoder_stage.folder / "init.json").read_text())
+    assert record["matched"] == 1
+    assert record["content"] == content_hash(tmp_path / "exported" / "model.safetensors")
+    # Held for the first epoch of 3 steps, and trained afterwards.
+    stopped = job(tmp_path / "held", init=init, train={"epochs": 2, "batch": 48})
+    held, data = stopped.new_objective(), stopped.view_data()
+    hold_backbone(held, data.order.steps_per_epoch)
+    run = Run(tmp_path / "run", HardwareSettings(accelerator="cpu"), quiet=True, stop_at=3)
+    assert not fit(held, data, stopped.recipe.train, run, "x")
+    assert all(torch.equal(held.student.state_dict()[name], value) for name, value in start.items())
+    assert not all(torch.equal(going_on.encoder.state_dict()[name], value) for name, value in start.items())
 
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"init\.backbone is .*nowhere.*no such file"):
+        job(tmp_path, init={"backbone": str(tmp_path / "nowhere")})
+    save_file({"other": torch.zeros(3)}, tmp_path / "w.safetensors")
+    unfit = job(tmp_path, init={"backbone": str(tmp_path / "w.safetensors")})
+    with pytest.raises(UserError, match=r"does not fit the table .*\n.* fits 0% of the encoder's parameters"):
+        unfit.table  # noqa: B018
+    assert not unfit.generation.generator_stage.folder.exists()
+
+
+def test_training_stopped_in_the_middle_goes_on_to_the_same_weights(done: Pipeline, tmp_path: Path) -> None:
     interrupted = job(tmp_path)
     objective = interrupted.new_objective()
     run = Run(interrupted.encoder_stage.folder, HardwareSettings(accelerator="cpu"), quiet=True, stop_at=2)

@@ -149,6 +149,7 @@ def fit(
         restore(task, state["task"], run)
         refuse_other_schedule(state["schedule"], schedule(settings, steps), run)
         optimizer.load_state_dict(state["optimizer"])
+        lay_out_alike(optimizer)
         fabric.strategy.precision.load_state_dict(state["precision"])
         guard.load_state_dict(state["guard"])
         meter.load_state_dict(state["meter"])
@@ -252,6 +253,16 @@ def weight_decay_groups(task: nn.Module, weight_decay: float) -> list[dict[str, 
         {"params": spared, "weight_decay": 0.0, "decayed": False},
     ]
     return [group for group in groups if group["params"]]
+
+
+def lay_out_alike(optimizer: Any) -> None:
+    """Gives restored moments the memory layout of their parameter. Files keep the plain one, and the fused
+    kernel, which goes through the memory of both side by side, would pair the moments of a kernel with its
+    channels last with the wrong weights."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def restore(task: nn.Module, state: dict[str, torch.Tensor], run: Run) -> None:

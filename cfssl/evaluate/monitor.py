@@ -43,10 +43,11 @@ SMALLEST_STD = 1e-3
 # The same ten have 13 to 158 directions, 5 % of what was possible at the least.
 FEWEST_DIRECTIONS = 3.0
 SMALLEST_RANK_SHARE = 0.01  # of the rank that is possible
-# Nats that a teacher's target tells about the image: the entropy of the mean target less the mean entropy.
-LEAST_INFORMATION = 0.01
-# Nats; 1.1 prototypes in use.
-LEAST_MEAN_ENTROPY = 0.1
+# Of a teacher's targets over K prototypes, as shares of log K: what they tell about the image (the entropy of
+# the mean target less the mean entropy), 0.01 nats for K = 65,536; and the entropy of the mean target, where
+# 0.1 nats are 1.1 prototypes in use.
+LEAST_INFORMATION = 1e-3
+LEAST_MARGINAL = 1e-2
 
 COMPLETE = "complete collapse"
 DIMENSIONAL = "dimensional collapse"
@@ -156,25 +157,25 @@ def collapses(numbers: Mapping[str, float], shape: tuple[int, ...]) -> dict[str,
             f"the features vary along few directions (effective rank {rank:.2g} of {min(shape)}, expected "
             f"more than {needed:.2g}); lower train.lr, or use stronger augmentations."
         )
-    return found | teacher_collapses(numbers.get("teacher_entropy"), numbers.get("teacher_mean_entropy"))
+    return found | teacher_collapses(numbers.get("teacher_entropy"), numbers.get("marginal_entropy"))
 
 
-def teacher_collapses(entropy: float | None, mean_entropy: float | None) -> dict[str, str]:
-    """Of an objective with a teacher: `entropy`, the mean entropy of its targets, and `mean_entropy`, that of
-    the mean target, in nats. Their difference is what a target tells about the image."""
-    if entropy is None or mean_entropy is None:
+def teacher_collapses(entropy: float | None, marginal: float | None) -> dict[str, str]:
+    """Of an objective with a teacher: the mean `entropy` of its targets and the `marginal` one, of the mean
+    target, as shares of the greatest possible. Their difference is what a target tells about the image."""
+    if entropy is None or marginal is None:
         return {}
-    if mean_entropy < LEAST_MEAN_ENTROPY:
+    if marginal < LEAST_MARGINAL:
         return {
             ONE_HOT: f"the teacher gives every image the same prototype (entropy of the mean target "
-            f"{mean_entropy:.2g} nats, expected more than {LEAST_MEAN_ENTROPY:g}); raise the teacher's "
+            f"{marginal:.2g} of the greatest, expected more than {LEAST_MARGINAL:g}); raise the teacher's "
             "temperature, or check its centring."
         }
-    if mean_entropy - entropy < LEAST_INFORMATION:
+    if marginal - entropy < LEAST_INFORMATION:
         return {
             UNIFORM: f"the teacher's targets are the same for all images (they tell "
-            f"{mean_entropy - entropy:.2g} nats about the image, expected more than {LEAST_INFORMATION:g}); "
-            "lower the teacher's temperature."
+            f"{marginal - entropy:.2g} of what they could about the image, expected more than "
+            f"{LEAST_INFORMATION:g}); lower the teacher's temperature."
         }
     return {}
 

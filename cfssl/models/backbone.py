@@ -16,12 +16,11 @@ OWN_KEYS = {"in_chans", "num_classes", "img_size", "drop_path_rate", "dynamic_im
 
 @dataclass(frozen=True, config=STRICT)
 class BackboneSettings:
-    """`name` as timm knows it; `pretrained` loads timm's weights (needs them on disk or a network);
-    `drop_path`: rate of stochastic depth, for models that have it; `options`: further arguments of the timm
-    model, e.g. {patch_size: 8, depth: 6, reg_tokens: 4} of a vision transformer."""
+    """`name` as timm knows it; `drop_path`: rate of stochastic depth, for models that have it; `options`:
+    further arguments of the timm model, e.g. {patch_size: 8, depth: 6, reg_tokens: 4} of a vision
+    transformer."""
 
     name: str = "resnet18"
-    pretrained: bool = False
     drop_path: BelowOne = 0.0
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
@@ -50,10 +49,12 @@ def create_backbone(
     image_size: int | tuple[int, int],
     seed: int,
     any_size: bool = False,
+    pretrained: bool = False,
 ) -> nn.Module:
     """A timm model without classifier: (B, C, H, W) float32 in [0, 1] -> (B, feature_size(model)).
     `image_size`: side, or (height, width); with `any_size` a vision transformer takes images of others too,
-    by interpolating its position embeddings.
+    by interpolating its position embeddings. `pretrained`: with timm's own weights, from its cache or a
+    network.
 
     The initialisation is a function of `seed` only, so every arm of a comparison starts from the same
     weights. Raises `UserError` for an unknown name, weights that cannot be had, a `drop_path` that the model
@@ -72,7 +73,7 @@ def create_backbone(
             options["dynamic_img_size"] = True
 
     def build() -> nn.Module:
-        return timm.create_model(settings.name, pretrained=settings.pretrained, **options)
+        return timm.create_model(settings.name, pretrained=pretrained, **options)
 
     without_depth = UserError(
         f"backbone.drop_path is {settings.drop_path}, but {settings.name} has no stochastic depth; set it to "
@@ -81,12 +82,12 @@ def create_backbone(
     try:
         model = seeded(build, seed, "backbone")
     except (OSError, RuntimeError) as error:
-        if not settings.pretrained:
+        if not pretrained:
             raise
         first = str(error).splitlines()[0]
         raise UserError(
             f"The pretrained weights of {settings.name} could not be loaded ({first}); put them into timm's "
-            "cache on a machine with a network, or set backbone.pretrained: false."
+            "cache on a machine with a network, or give a file in init.backbone, or set init: null."
         ) from None
     except TypeError as error:
         if "drop_path_rate" in str(error):

@@ -180,6 +180,35 @@ def test_killed_between_checkpoints_it_does_the_lost_steps_again_and_logs_each_o
     assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+class Kernels(nn.Module):
+    """A convolution with the channels last, as the encoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 1))
+        self.net = net.to(memory_format=torch.channels_last)
+
+    def forward(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        images = batch.repeat(1, 6)[:, :27].reshape(-1, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+        return {"loss": (self.net(images).squeeze(1) - batch.sum(1)).square().mean()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+def test_moments_are_those_of_the_same_weights_after_a_resume_with_the_channels_last(tmp_path: Path) -> None:
+    def run(folder: Path, stop_at: int | None = None) -> nn.Module:
+        task, settings = Kernels(), TrainSettings(lr=1e-2, final_lr_share=1.0)
+        fit(task, Numbers(), settings, Run(folder, CPU, quiet=True, stop_at=stop_at), "test")
+        return task
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=30)
+    assert same_weights(run(tmp_path / "parts"), whole)
+
+
 def test_a_resumed_guard_knows_the_norms_of_before(tmp_path: Path) -> None:
     """The outlier comes 5 steps after the stop, before a guard without memory would judge any norm."""
     data = Numbers(factors={35: 100.0})

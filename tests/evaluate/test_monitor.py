@@ -36,7 +36,9 @@ from cfssl.evaluate.monitor import (
 )
 from cfssl.evaluate.settings import MonitorSettings
 from cfssl.models.backbone import BackboneSettings, create_backbone
+from cfssl.objectives.teacher import entropies as logged_entropies
 
+ENTROPIES = ("teacher_entropy", "marginal_entropy")  # as an objective logs them
 RNG = np.random.default_rng(0)
 GAUSSIAN = RNG.normal(size=(2000, 32))
 
@@ -97,12 +99,13 @@ def test_features_that_are_all_equal_are_a_complete_collapse() -> None:
 
 
 def entropies(targets: np.ndarray) -> tuple[float, float]:
-    """Mean entropy and entropy of the mean of targets (n, K)."""
+    """Mean entropy and entropy of the mean of targets (n, K), as shares of log K."""
 
     def entropy(p: np.ndarray) -> np.ndarray:
         return -np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0).sum(-1)
 
-    return float(entropy(targets).mean()), float(entropy(targets.mean(0)))
+    greatest = math.log(targets.shape[1])
+    return float(entropy(targets).mean()) / greatest, float(entropy(targets.mean(0))) / greatest
 
 
 def test_each_collapse_of_a_teacher_is_named_and_a_sharp_balanced_one_is_none() -> None:
@@ -116,6 +119,8 @@ def test_each_collapse_of_a_teacher_is_named_and_a_sharp_balanced_one_is_none() 
     assert teacher_collapses(*entropies(balanced)) == {}
     assert teacher_collapses(*entropies(soft)) == {}
     assert teacher_collapses(1.0, None) == {}
+    logged = logged_entropies(torch.from_numpy(soft))
+    assert [float(logged[name]) for name in ENTROPIES] == pytest.approx(entropies(soft))
 
 
 @pytest.mark.parametrize("name", ["test_byobnet", "test_resnet", "test_vit", "resnet18"])
@@ -226,8 +231,8 @@ def test_a_collapse_is_printed_once_and_stops_only_where_it_is_to(
 def test_the_teacher_is_judged_by_what_the_objective_logged_last(table: ImageTable, tmp_path: Path) -> None:
     run = Run(tmp_path)
     watch = looking(table, tmp_path, create_backbone(BackboneSettings("test_byobnet"), 1, 64, seed=0))
-    healthy = {"teacher_entropy": 2.0, "teacher_mean_entropy": 4.0}
-    for step, parts in enumerate([healthy, {name: math.log(100) for name in healthy}]):
+    healthy = {"teacher_entropy": 0.4, "marginal_entropy": 0.8}
+    for step, parts in enumerate([healthy, dict.fromkeys(healthy, 1.0)]):
         run.log({"step": step, "loss": 1.0, **parts})
         run.log({"step": step, **watch(step).content})
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]

@@ -23,7 +23,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="pretrained weights of test_resnet could not be loaded"):
-        create_backbone(BackboneSettings("test_resnet", pretrained=True), 1, 32, seed=0)
+        create_backbone(BackboneSettings("test_resnet"), 1, 32, seed=0, pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["vgg11", "hrnet_w18_small"])
