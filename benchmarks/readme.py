@@ -45,6 +45,17 @@ ROWS = {
             "l1_to_truth_ratio": "Pos-Seg over Seg: distance to the true counterfactual",
         }.items()
     },
+    "morphomnist_axioms": {
+        "composition_1": "Morpho-MNIST from 8,000 digits: composition, 1 cycle (published, from 48,000: .438)",
+        "composition_10": "composition, 10 cycles (published 1.550)",
+        "thickness_mae_do_thickness": "error of thickness under do(thickness) (published .086)",
+        "intensity_mae_do_intensity": "error of intensity under do(intensity) (published 3.52)",
+        "digit_accuracy_do_digit": "a predictor sees the digit of do(digit) (published .972)",
+    },
+    "generation_speed": {
+        "predict_speedup_vs_published_size": "abduct and predict against the published 2 M network",
+        "train_speedup_vs_published_size": "a training step against it",
+    },
     "bank_read": {
         "ratio_vs_png_64": "bank against one PNG per view, 64 px, images per second",
         "ratio_vs_memcpy_64": "bank against copying the same images in memory, 64 px",

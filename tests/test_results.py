@@ -46,6 +46,16 @@ QUALITY = {
         "hvae_scanner_effectiveness",
         "hvae_l1_ratio",
     ],
+    "morphomnist_axioms": [
+        "composition_1",
+        "composition_10",
+        "reversibility_1",
+        *(
+            f"{measure}_do_{variable}"
+            for measure in ("thickness_mae", "intensity_mae", "digit_accuracy")
+            for variable in ("thickness", "intensity", "digit")
+        ),
+    ],
     "amplification": [
         f"{world}_{name}"
         for world in ("digits", "chest")
