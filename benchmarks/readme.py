@@ -46,7 +46,7 @@ ROWS = {
         }.items()
     },
     "morphomnist_axioms": {
-        "composition_1": "Morpho-MNIST, 8,000 digits (published: 48,000): composition, 1 cycle (published .438)",
+        "composition_1": "Morpho-MNIST from 8,000 digits (published: 48,000): composition (published .438)",
         "composition_10": "composition, 10 cycles (published 1.550)",
         "thickness_mae_do_thickness": "error of thickness under do(thickness) (published .086)",
         "intensity_mae_do_intensity": "error of intensity under do(intensity) (published 3.52)",
