@@ -56,6 +56,11 @@ QUALITY = {
             for variable in ("thickness", "intensity", "digit")
         ),
     ],
+    "generation_speed": [
+        f"{network}_{name}"
+        for network in ("small", "published")
+        for name in ("composition_1", "thickness_mae_do_thickness", "intensity_mae_do_intensity")
+    ],
     "amplification": [
         f"{world}_{name}"
         for world in ("digits", "chest")
