@@ -20,8 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretraining import INTERVAL, ONE_THREAD, Arm, Task, Trials, make_all, minutes
-from record import figure, markdown_table, over_seeds, with_interval, write_results
+from pretraining import (
+    DRAWN,
+    INTERVAL,
+    ONE_THREAD,
+    Arm,
+    Task,
+    Trials,
+    figures_section,
+    make_all,
+    minutes,
+    probe,
+)
+from record import figure, over_seeds, write_results
 
 from cfssl.data.pixels import to_signed
 from cfssl.evaluate.counterfactual import composition, distance_to_truth, effectiveness, reversibility
@@ -35,12 +46,6 @@ BANKS = {"oracle": "true counterfactuals", "hvae": "HVAE"}
 RARE, MAJOR = ("C", "D"), ("A",)
 SOURCES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias")
 JUDGE_SEED = 100  # the independent predictor: other weights, order and looks than anything it judges
-WORLD = (
-    "data.count=6000",
-    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
-    "data.seed=1",  # not the draw on which the budget was chosen; see BUDGET
-    *ONE_THREAD,
-)
 HAM_EPOCHS = {"simclr": 24, "dino": 24}
 BUDGET = (
     "image size, batch, learning rate and epochs were chosen on another draw of the world (data.seed 100, "
@@ -73,7 +78,7 @@ SUPERVISED = (
 JUDGE = Task(
     "phantom_simclr.yaml",
     (
-        *WORLD,
+        *DRAWN,
         "name=phantom-judge",
         "objective={name: supervised, target: scanner}",
         "views.count=1",
@@ -88,10 +93,7 @@ JUDGE = Task(
 
 
 def evaluations(target: str, by: str, seed: int) -> str:
-    """Probe and kNN; every training seed has a labelled subset of its own, the same for all arms."""
-    fractions = ", ".join(map(str, FRACTIONS))
-    probe = f"{{name: linear_probe, target: {target}, by: [{by}], fractions: [{fractions}], seeds: [{seed}]}}"
-    return f"evaluate=[{probe}, {{name: knn, target: {target}, by: [{by}]}}]"
+    return f"evaluate=[{probe(target, by, FRACTIONS, seed)}, {{name: knn, target: {target}, by: [{by}]}}]"
 
 
 def arms(data_root: str | None) -> dict[tuple[str, str, int], Task]:
@@ -99,7 +101,7 @@ def arms(data_root: str | None) -> dict[tuple[str, str, int], Task]:
     found: dict[tuple[str, str, int], Task] = {}
     for seed in SEEDS:
         own, made = f"train.seed={seed}", f"generator.train.seed={seed}"
-        phantom = (*WORLD, own, evaluations("disease", "scanner", seed))
+        phantom = (*DRAWN, own, evaluations("disease", "scanner", seed))
         found["phantom", "supervised", seed] = Task("phantom_simclr.yaml", (*phantom, *SUPERVISED))
         for objective in OBJECTIVES:
             found["phantom", objective, seed] = Task(f"phantom_{objective}.yaml", phantom)
@@ -192,7 +194,7 @@ def main() -> None:
         sections.append(ham_section(trials))
     reference = trials.auc(("phantom", "simclr"), "scanner")
     protocol = {
-        "phantom": f"{', '.join(WORLD)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test "
+        "phantom": f"{', '.join(DRAWN)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test "
         "(scanners balanced); test rows the same for all seeds and arms",
         "ham10000": f"{HAM_EPOCHS} epochs, generator 6; recipes/ham10000_*.yaml; one image per lesion, "
         "60/10/30 split stratified by source and class",
@@ -253,15 +255,6 @@ def ham_gains(trials: Trials) -> dict[str, dict[str, Any]]:
                     name = f"{objective}_ham_{kind}_{where}{percent(fraction)}"
                     figures[name] = trials.difference(cf, ("ham", other), "dataset", groups, fraction)
     return figures
-
-
-def figures_section(figures: Mapping[str, dict[str, Any]]) -> str:
-    rows = []
-    for name, entry in figures.items():
-        digits = 1 if entry["unit"] == "AUC points" else 3
-        seeds = ", ".join(f"{value:.3g}" for value in entry["seeds"] or [])
-        rows.append([name, with_interval(entry, digits), entry["unit"], seeds])
-    return "## Figures\n\n" + markdown_table(["figure", "value [95 %]", "unit", "seeds"], rows)
 
 
 def tables(trials: Trials, shown: Mapping[str, Arm], by: str) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretraining import INTERVAL, ONE_THREAD, Task, Trials, make_all, minutes
-from record import figure, markdown_table, over_seeds, with_interval, write_results
+from pretraining import DRAWN, INTERVAL, Task, Trials, figures_section, make_all, minutes, probe
+from record import figure, over_seeds, write_results
 
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.1, 1.0)
@@ -28,31 +28,10 @@ SCANNERS = ("A", "B", "C", "D")
 RARE = ("C", "D")
 CAUGHT = 0.5  # rejected share
 QUALITIES = ("oracle", "good", "poor", "wrong_domain")
-WORLD = (
-    "data.count=6000",
-    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
-    "data.seed=1",
-    *ONE_THREAD,
-)
 POOR = ("generator.train.epochs=1", "generator.beta=2.0")
-ELSEWHERE = (
-    "data.count=6000",
-    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
-    "data.seed=2",
-    "data.rho=1.0",
-    *ONE_THREAD,
-)
+ELSEWHERE = (*DRAWN, "data.seed=2", "data.rho=1.0")
 JUDGE = "{attributes: [scanner, disease], train: {seed: 100}}"
 GATE = (f"audit={{judge: {JUDGE}}}", "bank.gate={probability: 0.5, unchanged: {disease: 0.5}}")
-
-
-def evaluations(seed: int) -> str:
-    """The probe by scanner; every training seed has a labelled subset of its own, the same for all arms."""
-    fractions = ", ".join(map(str, FRACTIONS))
-    return (
-        f"evaluate=[{{name: linear_probe, target: disease, by: [scanner], fractions: [{fractions}], "
-        f"seeds: [{seed}]}}]"
-    )
 
 
 def elsewhere(seed: int) -> Task:
@@ -65,7 +44,8 @@ def arms(runs: Path) -> dict[tuple[str, str, int], Task]:
     have to be there."""
     found: dict[tuple[str, str, int], Task] = {}
     for seed in SEEDS:
-        own, made = (*WORLD, f"train.seed={seed}", evaluations(seed)), f"generator.train.seed={seed}"
+        evaluation = f"evaluate=[{probe('disease', 'scanner', FRACTIONS, seed)}]"
+        own, made = (*DRAWN, f"train.seed={seed}", evaluation), f"generator.train.seed={seed}"
         found["plain", "simclr", seed] = Task("phantom_simclr.yaml", own)
         stage = elsewhere(seed).pipeline(runs).generation.generator_stage
         assert stage is not None
@@ -145,15 +125,10 @@ def main() -> None:
     for fraction in reversed(FRACTIONS):
         table = trials.auc_table(shown, "scanner", fraction)
         sections.append(f"{100 * fraction:g} % of the labels\n\n{table}")
-    rows = []
-    for name, entry in figures.items():
-        digits = 1 if entry["unit"] == "AUC points" else 3
-        seeds = ", ".join(f"{value:.3g}" for value in entry["seeds"] or [])
-        rows.append([name, with_interval(entry, digits), entry["unit"], seeds])
-    sections.append("## Figures\n\n" + markdown_table(["figure", "value [95 %]", "unit", "seeds"], rows))
+    sections.append(figures_section(figures))
     reference = trials.auc(("plain", "simclr"), "scanner")
     protocol = {
-        "phantom": f"{', '.join(WORLD)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test (scanners "
+        "phantom": f"{', '.join(DRAWN)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test (scanners "
         "balanced)",
         "poor": ", ".join(POOR),
         "wrong_domain": f"generator of phantom_cf_simclr.yaml fitted on {', '.join(ELSEWHERE)}",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import figure, markdown_table
+from record import figure, markdown_table, with_interval
 
 from cfssl.evaluate.groups import paired_gap, paired_mean_of_groups, paired_worst_group
 from cfssl.files import read_json
@@ -28,6 +28,8 @@ from cfssl.stages import Stage
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESAMPLES = 2000
 ONE_THREAD = ("hardware.threads=1", "hardware.accelerator=cpu")
+# Not the draw of the phantom on which any budget was chosen.
+DRAWN = ("data.count=6000", "data.splits={train: 0.4, val: 0.1, test: 0.5}", "data.seed=1", *ONE_THREAD)
 INTERVAL = (
     f"differences: 95 %, value +/- t sqrt(variance of {RESAMPLES:,} paired bootstrap resamples of the test "
     "rows + variance of the seeds' mean), Welch-Satterthwaite degrees of freedom; single arms and "
@@ -45,6 +47,13 @@ class Task:
 
     def pipeline(self, runs: Path) -> Pipeline:
         return Pipeline(load_recipe(RECIPES / self.recipe, self.overrides), runs, quiet=True)
+
+
+def probe(target: str, by: str, fractions: Sequence[float], seed: int) -> str:
+    """The linear probe, as an item of `evaluate`. Every training seed has a labelled subset of its own, the
+    same for all arms."""
+    shares = ", ".join(map(str, fractions))
+    return f"{{name: linear_probe, target: {target}, by: [{by}], fractions: [{shares}], seeds: [{seed}]}}"
 
 
 def stages_of(job: Pipeline) -> dict[str, Stage]:
@@ -177,3 +186,13 @@ class Trials:
             worst = min(means, key=means.__getitem__)
             rows.append([name, *cells, worst, f"{max(means.values()) - means[worst]:.3f}"])
         return markdown_table(header, rows)
+
+
+def figures_section(figures: Mapping[str, dict[str, Any]]) -> str:
+    """All figures, for people."""
+    rows = []
+    for name, entry in figures.items():
+        digits = 1 if entry["unit"] == "AUC points" else 3
+        seeds = ", ".join(f"{value:.3g}" for value in entry["seeds"] or [])
+        rows.append([name, with_interval(entry, digits), entry["unit"], seeds])
+    return "## Figures\n\n" + markdown_table(["figure", "value [95 %]", "unit", "seeds"], rows)

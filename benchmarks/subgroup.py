@@ -16,29 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretraining import INTERVAL, ONE_THREAD, Arm, Task, Trials, make_all, minutes
-from record import markdown_table, over_seeds, with_interval, write_results
+from pretraining import (
+    DRAWN,
+    INTERVAL,
+    ONE_THREAD,
+    Arm,
+    Task,
+    Trials,
+    figures_section,
+    make_all,
+    minutes,
+    probe,
+)
+from record import over_seeds, write_results
 
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.1, 1.0)
-WORLD = (
-    "data.count=6000",
-    "data.splits={train: 0.4, val: 0.1, test: 0.5}",
-    "data.domains={A: 0.7, B: 0.3}",
-    "data.women=0.2",
-    "data.sex_effect=0.7",
-    "data.seed=1",
-    *ONE_THREAD,
-)
 HAM = (*ONE_THREAD, "train.epochs=24")
-FLIPPED = (
-    "bank.do={sex: all}",
-    "views.counterfactual={variable: sex, view: 1, probability: 1.0}",
-)
-SHARED = (
-    "bank.do={sex: all}",
-    "views.counterfactual={variable: sex, view: all, shared: true, probability: 0.5}",
-)
+PLUS = ("views.counterfactual={view: all, shared: true, probability: 0.5}",)
 SHOWN = {
     "phantom": {
         "SimCLR": ("phantom", "simclr"),
@@ -61,12 +56,7 @@ PLAIN: dict[str, Arm] = {
 
 
 def evaluations(target: str, seed: int) -> str:
-    """The probe by sex; every training seed has a labelled subset of its own, the same for all arms."""
-    fractions = ", ".join(map(str, FRACTIONS))
-    return (
-        f"evaluate=[{{name: linear_probe, target: {target}, by: [sex], fractions: [{fractions}], "
-        f"seeds: [{seed}]}}]"
-    )
+    return f"evaluate=[{probe(target, 'sex', FRACTIONS, seed)}]"
 
 
 def arms(data_root: str | None) -> dict[tuple[str, str, int], Task]:
@@ -74,19 +64,18 @@ def arms(data_root: str | None) -> dict[tuple[str, str, int], Task]:
     found: dict[tuple[str, str, int], Task] = {}
     for seed in SEEDS:
         own, made = f"train.seed={seed}", f"generator.train.seed={seed}"
-        phantom = (*WORLD, own, evaluations("disease", seed))
-        found["phantom", "simclr", seed] = Task("phantom_simclr.yaml", phantom)
-        for name, views in (("cf", FLIPPED), ("plus", SHARED)):
-            oracle = (*phantom, *views, "generator.parents=[sex]")
-            found["oracle", name, seed] = Task("phantom_cf_simclr_oracle.yaml", oracle)
-            hvae = (*phantom, *views, made, "generator.balance=sex")
-            found["hvae", name, seed] = Task("phantom_cf_simclr.yaml", hvae)
+        phantom = (*DRAWN, own, evaluations("disease", seed))
+        found["phantom", "simclr", seed] = Task("phantom_sex_simclr.yaml", phantom)
+        for name, views in (("cf", ()), ("plus", PLUS)):
+            oracle = (*phantom, *views)
+            found["oracle", name, seed] = Task("phantom_sex_cf_simclr_oracle.yaml", oracle)
+            found["hvae", name, seed] = Task("phantom_sex_cf_simclr.yaml", (*oracle, made))
         if data_root is not None:
             ham = (f"data.root={data_root}", *HAM, own, evaluations("malignant", seed))
             found["ham", "simclr", seed] = Task("ham10000_simclr.yaml", ham)
-            made_ham = (made, "generator.train.epochs=6", "generator.parents=[dataset, sex]")
-            for name, views in (("cf", FLIPPED), ("plus", SHARED)):
-                found["ham", name, seed] = Task("ham10000_cf_simclr.yaml", (*ham, *views, *made_ham))
+            made_ham = (*ham, made, "generator.train.epochs=6")
+            for name, views in (("cf", ()), ("plus", PLUS)):
+                found["ham", name, seed] = Task("ham10000_sex_cf_simclr.yaml", (*made_ham, *views))
     return found
 
 
@@ -135,16 +124,13 @@ def main() -> None:
         sections.append(text)
         for sex, values in trials.auc(SHOWN[world]["SimCLR"], "sex").items():
             figures[f"{world}_simclr_auc_{sex}"] = over_seeds(values, unit="AUC")
-    rows = [
-        [name, with_interval(entry, 1 if entry["unit"] == "AUC points" else 3), entry["unit"]]
-        for name, entry in figures.items()
-    ]
-    sections.append("## Figures\n\n" + markdown_table(["figure", "value [95 %]", "unit"], rows))
+    sections.append(figures_section(figures))
     protocol = {
-        "phantom": f"{', '.join(WORLD)}; recipes/phantom_*.yaml; 2,400 train, 600 val, 3,000 test (scanners "
-        "and sexes balanced)",
-        "ham10000": f"{', '.join(HAM)}, generator 6 epochs; recipes/ham10000_*.yaml; sex as recorded",
-        "views": f"cf: {FLIPPED[1]}; plus: {SHARED[1]}",
+        "phantom": f"recipes/phantom_sex_*.yaml, {', '.join(DRAWN)}; 2,400 train, 600 val, 3,000 "
+        "test (scanners and sexes balanced)",
+        "ham10000": f"recipes/ham10000_simclr.yaml, ham10000_sex_cf_simclr.yaml, {', '.join(HAM)}, "
+        "generator 6 epochs; sex as recorded",
+        "views": f"cf: the recipe's; plus: {PLUS[0]}",
         "budget": "equal epochs, batch, views, initial weights and order for all arms of a seed",
         "selection": "C of the probe on validation AUC; last checkpoint",
         "disparity": "AUC of the better sex minus that of the other, found anew in every seed and resample; "
