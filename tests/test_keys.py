@@ -213,6 +213,7 @@ ALONG = {  # what has to change with it
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
     "generator.mediator_weight": {"generator.prior": "mediator"},
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
+    "generator.first_sigma": {"generator.sigma": "fixed"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
     "views.intensity.shared": {"views.intensity.view": "all"},
 }

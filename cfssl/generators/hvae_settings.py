@@ -48,7 +48,10 @@ class HVAESettings(GraphSettings):
     the attributes are built and fitted.
 
     Image: `likelihood` "gaussian" or "discretised" (8-bit images), with one `sigma` per "pixel", one
-    "shared", or one "fixed" at `fixed_sigma`.
+    "shared", or one "fixed" at `fixed_sigma`. `first_sigma`: a fixed one falls from here to `fixed_sigma` in
+    equal ratios over the training. While it is large no latent is worth its KL and the image has to be drawn
+    from the parents; what they leave open goes into z as it falls. With a small sigma from the start z holds
+    everything, also what the parents say, and do() of them does little.
 
     Latents: `prior` "exogenous" (z is noise that no parent reaches) or "mediator" (the parents act through z
     too). Only of a mediator: `mediator_weight` a, the share of the posterior in the counterfactual mediator
@@ -70,6 +73,7 @@ class HVAESettings(GraphSettings):
     likelihood: Literal["gaussian", "discretised"] = "gaussian"
     sigma: SigmaKind = "pixel"
     fixed_sigma: Sigma = 0.1
+    first_sigma: Positive | None = None
     prior: Literal["exogenous", "mediator"] = "exogenous"
     mediator_weight: UnitInterval = MEDIATOR_WEIGHT
     conditioning_dropout: tuple[str, ...] = ()
@@ -79,6 +83,21 @@ class HVAESettings(GraphSettings):
     balance: str | None = None
     ema: Probability = 0.99
     train: HVAETrainSettings = Field(default_factory=HVAETrainSettings)
+
+    @field_validator("first_sigma")
+    @classmethod
+    def _falls(cls, first: float | None, found: ValidationInfo) -> float | None:
+        if first is None:
+            return None
+        if (sigma := found.data.get("sigma", "fixed")) != "fixed":
+            raise ValueError(
+                f"only a fixed sigma can fall, and sigma is {sigma}; set sigma: fixed or leave it out"
+            )
+        if first <= (last := found.data.get("fixed_sigma", 0.0)):
+            raise ValueError(
+                f"sigma falls from it to fixed_sigma, which is {last}; make it larger or leave it out"
+            )
+        return first
 
     @field_validator("mediator_weight")
     @classmethod

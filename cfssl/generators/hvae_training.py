@@ -7,6 +7,7 @@ over the same C*H*W. Fine-tuning keeps F below a bound and takes it from `free_e
 """
 
 import math
+from dataclasses import replace
 from typing import Literal, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from cfssl.data.batches import ImageBatch
 from cfssl.data.table import Attributes
 from cfssl.engine.schedules import linear
-from cfssl.generators.hvae_likelihood import discretised_nll, gaussian_nll
+from cfssl.generators.hvae_likelihood import Likelihood, discretised_nll, gaussian_nll
 from cfssl.generators.hvae_network import HVAE, Inference
 from cfssl.generators.hvae_settings import HVAESettings
 from cfssl.scm.parents import ParentEncoder
@@ -60,11 +61,23 @@ class HVAETask(nn.Module):
         noise = self.network.split_noise(batch.noise)
         prior_context, likelihood_context = self._contexts(context, step)
         inference = self.network.infer(batch.x, context, noise, prior_context, likelihood_context)
+        if self.settings.first_sigma is not None:
+            likelihood = Likelihood(inference.likelihood.mean, self.log_sigma(step, inference.likelihood))
+            inference = replace(inference, likelihood=likelihood)
         return free_energy(self.network, batch.x, inference, self.beta(step), self.settings)
 
     def beta(self, step: int) -> float:
         warmup = round(self.settings.beta_warmup * self.steps)
         return linear(step, warmup, 0.1 * self.settings.beta, self.settings.beta)
+
+    def log_sigma(self, step: int, last: Likelihood) -> Tensor:
+        """Of a fixed sigma that falls, in equal ratios, from `first_sigma` in the first step to that of the
+        `last` one."""
+        assert self.settings.first_sigma is not None
+        share = linear(step, self.steps - 1, 0.0, 1.0)
+        return torch.lerp(
+            torch.full_like(last.log_sigma, math.log(self.settings.first_sigma)), last.log_sigma, share
+        )
 
     def after_step(self, step: int) -> None:
         average_weights(self.averaged, self.network, self.settings.ema, step)

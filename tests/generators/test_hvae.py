@@ -475,6 +475,22 @@ def test_beta_rises_from_a_tenth_to_its_value_over_the_warmup(table: ImageTable)
 
 
 @torch.no_grad()
+def test_a_falling_sigma_weighs_the_pixels_in_equal_ratios(table: ImageTable) -> None:
+    falling = settings(sigma="fixed", first_sigma=3.2, fixed_sigma=0.1)
+    generator = HVAEGenerator(falling, table.attributes, table.images.shape)
+    task = HVAETask(generator._network(), generator.encoder, generator.network, falling, steps=101)
+    rows = table.rows("train")[:8]
+    batch = read_batch(table, rows, table.encode(PARENTS, rows), [])
+    batch.noise = torch.zeros(8, generator.network.noise_size)
+    inference = task.network.infer(batch.x, generator.context(batch.attributes))
+    for step, sigma in ((0, 3.2), (20, 1.6), (40, 0.8), (100, 0.1)):
+        expected = -torch.distributions.Normal(inference.likelihood.mean, sigma).log_prob(batch.x).mean()
+        assert float(task(batch, step)["nll"]) == pytest.approx(float(expected), rel=1e-4)
+    # what is made is made with the last one
+    assert float(inference.likelihood.sigma) == pytest.approx(0.1)
+
+
+@torch.no_grad()
 def test_samples_are_the_means_of_latents_from_the_prior(fitted: HVAEGenerator) -> None:
     pa = {"scanner": torch.tensor([0, 0, 3]), "sex": torch.tensor([0, 0, 0])}
     found = fitted.sample(pa, torch_generator("sample"))

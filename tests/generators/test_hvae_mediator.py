@@ -353,6 +353,8 @@ def test_a_mediator_is_fitted_saved_loaded_and_sampled(table: ImageTable, tmp_pa
             {"prior": "mediator", "conditioning_dropout": ("age",)},
             r"names age, expected some of parents \(scanner, sex\)",
         ),
+        ({"first_sigma": 2.0}, "only a fixed sigma can fall, and sigma is pixel; set sigma: fixed"),
+        ({"sigma": "fixed", "first_sigma": 0.1}, "to fixed_sigma, which is 0.1; make it larger"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(options: dict[str, Any], sentence: str) -> None:
