@@ -40,8 +40,8 @@ def finished(stage: Stage, make: Callable[[Path], None]) -> Path:
 
 
 def seconds_spent(runs: Path) -> float:
-    """Of one core, in all stages under `runs` that hold no other stage's making (the scores do)."""
-    kinds = ("table", "scores")
+    """Of one core, in all stages under `runs`; generators and fine-tuning are made inside the scores."""
+    kinds = ("table", "measure", "scores")
     done = [path for kind in kinds for path in (runs / "stages").glob(f"{kind}-*/done.json")]
     return float(sum(read_json(path)["seconds"] for path in done))
 
