@@ -20,7 +20,7 @@ from cfssl.settings import STRICT, Count
 # pixels, S-HVAE-64 (a pixel-unshuffle in front) for larger ones.
 S_HVAE_32 = (12, 24, 32, 48)
 S_HVAE_64 = (16, 24, 32, 48)
-RESOLUTIONS = (32, 16, 8, 4)  # feature maps; latents live at all but the first
+RESOLUTIONS = (32, 16, 8, 4)  # feature maps; latents live at all but the first, and where asked for at 1
 
 Width = Annotated[int, Field(ge=4, multiple_of=4)]  # four groups are normalised
 
@@ -28,11 +28,13 @@ Width = Annotated[int, Field(ge=4, multiple_of=4)]  # four groups are normalised
 @dataclass(frozen=True, config=STRICT)
 class SmallNetworkSettings:
     """`widths` at 32, 16, 8 and 4 pixels: see S_HVAE_32, S_HVAE_64. `latents`: channels of z at 4, 8 and 16
-    pixels. `blocks` per resolution of encoder and output."""
+    pixels. `whole`: channels of a z before them that has no place, for what concerns the image as a whole
+    (the style of a digit); 0: none. `blocks` per resolution of encoder and output."""
 
     name: Literal["small"] = "small"
     widths: tuple[Width, Width, Width, Width] = S_HVAE_64
     latents: tuple[Count, Count, Count] = (16, 8, 4)
+    whole: Annotated[int, Field(ge=0)] = 0
     blocks: Count = 2
 
     def build(
@@ -47,20 +49,19 @@ class SmallNetworkSettings:
                 f"{side}x{side}; set data.size to one of them, or generator.network to a published one."
             )
         widths = self.widths
-        encoder = SmallEncoder(channels, unshuffle, widths, self.blocks)
-        upward = widths[:0:-1]  # coarse to fine, the latent levels
-        before = (None, *upward[:-1])
+        encoder = SmallEncoder(channels, unshuffle, widths, self.blocks, bool(self.whole))
+        latents: tuple[int, ...] = self.latents
+        sides, upward = RESOLUTIONS[:0:-1], widths[:0:-1]  # coarse to fine
+        if self.whole:
+            sides, upward, latents = (1, *sides), (widths[-1], *upward), (self.whole, *latents)
+        above: tuple[tuple[int, int] | None, ...] = (None, *zip(upward, sides, strict=True))
         levels = [
-            SmallLevel(
-                width, latent, context, context if mediator else 0, side, above, side == RESOLUTIONS[1]
-            )
-            for width, latent, side, above in zip(
-                upward, self.latents, RESOLUTIONS[:0:-1], before, strict=True
-            )
+            SmallLevel(width, latent, context, context if mediator else 0, side, before, side == sides[-1])
+            for width, latent, side, before in zip(upward, latents, sides, above[:-1], strict=True)
         ]
         head = GaussianHead(widths[0], channels, 3, sigma, fixed_sigma, unshuffle)
         output = SmallOutput(widths, context, self.blocks, head)
-        return HVAE(encoder, (widths[-1], RESOLUTIONS[-1]), levels, output, mediator)
+        return HVAE(encoder, (widths[-1], sides[0]), levels, output, mediator)
 
 
 class Block(nn.Module):
@@ -86,14 +87,17 @@ class Block(nn.Module):
 
 
 class SmallEncoder(nn.Module):
-    """x (B, C, 32 * unshuffle, ...) -> features at 4, 8 and 16 pixels."""
+    """x (B, C, 32 * unshuffle, ...) -> features at 4, 8 and 16 pixels, before them those of the `whole`."""
 
-    def __init__(self, channels: int, unshuffle: int, widths: tuple[int, ...], blocks: int) -> None:
+    def __init__(
+        self, channels: int, unshuffle: int, widths: tuple[int, ...], blocks: int, whole: bool
+    ) -> None:
         super().__init__()
         self.unshuffle = unshuffle
         self.stem = nn.Conv2d(channels * unshuffle**2, widths[0], 3, padding=1)
         self.stages = nn.ModuleList(nn.Sequential(*[Block(width) for _ in range(blocks)]) for width in widths)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
+        self.whole = nn.Conv2d(widths[-1], widths[-1], RESOLUTIONS[-1]) if whole else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h = self.stem(channels_last(F.pixel_unshuffle(x, self.unshuffle)))
@@ -103,12 +107,13 @@ class SmallEncoder(nn.Module):
                 h = self.down[index - 1](F.avg_pool2d(h, 2))
             h = blocks(h)
             features.append(h)
-        return features[:0:-1]
+        found = features[:0:-1]
+        return found if self.whole is None else [self.whole(found[0]), *found]
 
 
 class SmallLevel(nn.Module):
-    """See hvae_network.Level. `before`: width of the level before, None for the first. No z-path leaves the
-    last."""
+    """See hvae_network.Level. `before`: width and side of the level before, None for the first. No z-path
+    leaves the last."""
 
     def __init__(
         self,
@@ -117,13 +122,13 @@ class SmallLevel(nn.Module):
         context: int,
         prior_context: int,
         side: int,
-        before: int | None,
+        before: tuple[int, int] | None,
         last: bool,
     ) -> None:
         super().__init__()
         self.latent_shape = (latent, side, side)
-        self.up = None if before is None else nn.Conv2d(before, width, 1)
-        self.path_up = None if before is None else nn.Conv2d(before, width, 1)
+        self.up = None if before is None else upwards(*before, width, side)
+        self.path_up = None if before is None else upwards(*before, width, side)
         self.prior_block = Block(width, prior_context)
         self.prior = nn.Conv2d(width, 2 * latent, 1)
         nn.init.zeros_(self.prior.weight)
@@ -137,12 +142,10 @@ class SmallLevel(nn.Module):
         self.z_to_path = None if last else nn.Conv2d(latent + width, width, 1)
 
     def enter(self, h: Tensor) -> Tensor:
-        return channels_last(h) if self.up is None else F.interpolate(self.up(h), scale_factor=2)
+        return channels_last(h) if self.up is None else self.up(h)
 
     def enter_path(self, path: Tensor) -> Tensor:
-        return (
-            channels_last(path) if self.path_up is None else F.interpolate(self.path_up(path), scale_factor=2)
-        )
+        return channels_last(path) if self.path_up is None else self.path_up(path)
 
     def read_prior(self, path: Tensor, prior_context: Tensor | None) -> tuple[Gaussian, Tensor]:
         feature = self.prior_block(path, prior_context)
@@ -162,6 +165,14 @@ class SmallLevel(nn.Module):
     def advance_path(self, feature: Tensor, z: Tensor) -> Tensor:
         assert self.z_to_path is not None  # the walk ends at the last level
         return self.z_to_path(torch.cat([z, feature], dim=1))
+
+
+def upwards(before: int, from_side: int, width: int, side: int) -> nn.Module:
+    """Features (B, `before`, from_side, from_side) -> (B, `width`, side, side). What has no place yet is laid
+    out by a map of its own, what has one is enlarged."""
+    if from_side == 1:
+        return nn.ConvTranspose2d(before, width, side)
+    return nn.Sequential(nn.Conv2d(before, width, 1), nn.Upsample(scale_factor=side // from_side))
 
 
 class SmallOutput(nn.Module):
