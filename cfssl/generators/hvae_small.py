@@ -50,10 +50,9 @@ class SmallNetworkSettings:
             )
         widths = self.widths
         encoder = SmallEncoder(channels, unshuffle, widths, self.blocks, bool(self.whole))
-        latents: tuple[int, ...] = self.latents
-        sides, upward = RESOLUTIONS[:0:-1], widths[:0:-1]  # coarse to fine
-        if self.whole:
-            sides, upward, latents = (1, *sides), (widths[-1], *upward), (self.whole, *latents)
+        places = [(1, widths[-1], self.whole)] if self.whole else []  # coarse to fine
+        places += zip(RESOLUTIONS[:0:-1], widths[:0:-1], self.latents, strict=True)
+        sides, upward, latents = zip(*places, strict=True)
         above: tuple[tuple[int, int] | None, ...] = (None, *zip(upward, sides, strict=True))
         levels = [
             SmallLevel(width, latent, context, context if mediator else 0, side, before, side == sides[-1])

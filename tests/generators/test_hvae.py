@@ -1,6 +1,7 @@
 """The HVAE: no parent reaches the prior, the likelihood is its formula, training resumes, abduction and
 prediction are exact."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +57,25 @@ def fitted(table: ImageTable, tmp_path_factory: pytest.TempPathFactory) -> HVAEG
 
 
 def network(
-    sigma: SigmaKind = "pixel", unshuffle: int = 2, channels: int = 1, fixed_sigma: float = 0.1
+    sigma: SigmaKind = "pixel",
+    unshuffle: int = 2,
+    channels: int = 1,
+    fixed_sigma: float = 0.1,
+    whole: int = 0,
 ) -> HVAE:
     torch.manual_seed(0)
-    net = TINY.build(channels, 32 * unshuffle, 5, sigma, fixed_sigma, mediator=False)
+    net = replace(TINY, whole=whole).build(channels, 32 * unshuffle, 5, sigma, fixed_sigma, mediator=False)
     with torch.no_grad():  # away from the zero-initialised start, so that every path carries something
         for parameter in net.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return net
 
 
-def test_the_prior_does_not_see_the_parents() -> None:
+@pytest.mark.parametrize("whole", [0, 3])
+def test_the_prior_does_not_see_the_parents(whole: int) -> None:
     """Moving the parents at fixed z leaves every prior parameter as it is, and none of them has a gradient to
     the parents."""
-    net = network()
+    net = network(whole=whole)
     noise = net.split_noise(torch.randn(3, net.noise_size))
     context = torch.randn(3, 5, requires_grad=True)
     latents = [z.detach() for z in net.sample_latents(noise)]
@@ -101,12 +107,13 @@ def record_priors(net: HVAE, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tens
     return found
 
 
+@pytest.mark.parametrize("whole", [0, 3])
 @torch.no_grad()
 def test_inference_lets_neither_the_parents_nor_the_image_reach_the_prior_but_through_z(
-    monkeypatch: pytest.MonkeyPatch,
+    whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the latents held, `infer` reads the same prior for other parents and another image, bit by bit."""
-    net = network()
+    net = network(whole=whole)
     held = [torch.randn(2, *shape) for shape in net.latent_shapes]
     for level, z in zip(net.levels, held, strict=True):
         monkeypatch.setattr(
@@ -116,18 +123,20 @@ def test_inference_lets_neither_the_parents_nor_the_image_reach_the_prior_but_th
     x, context = torch.rand(2, 2, 1, 64, 64) * 2 - 1, torch.randn(2, 2, 5)
     first, second = net.infer(x[0], context[0]), net.infer(x[1], context[1])
     assert all(torch.equal(*pair) for pair in zip(first.latents, second.latents, strict=True))
-    assert len(found) == 12
-    assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
+    half = 2 * len(net.levels)
+    assert len(found) == 2 * half
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
     assert not torch.equal(
         first.likelihood.mean, second.likelihood.mean
     )  # while the image follows the parents
 
 
+@pytest.mark.parametrize("whole", [0, 3])
 @torch.no_grad()
 def test_latents_are_sampled_from_the_prior_that_inference_compares_with(
-    monkeypatch: pytest.MonkeyPatch,
+    whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = network()
+    net = network(whole=whole)
     noise = net.split_noise(torch.randn(2, net.noise_size))
     sampled = net.sample_latents(noise)
     found = record_priors(net, monkeypatch)
@@ -141,9 +150,10 @@ def test_latents_are_sampled_from_the_prior_that_inference_compares_with(
         torch.testing.assert_close(z, mean + log_sigma.exp() * noise[level])
 
 
+@pytest.mark.parametrize("whole", [0, 3])
 @pytest.mark.parametrize("sigma", ["pixel", "shared", "fixed"])
-def test_inference_and_decoding_give_one_likelihood_for_the_same_latents(sigma: str) -> None:
-    net = network(sigma)
+def test_inference_and_decoding_give_one_likelihood_for_the_same_latents(sigma: str, whole: int) -> None:
+    net = network(sigma, whole=whole)
     x, context = torch.rand(2, 1, 64, 64) * 2 - 1, torch.randn(2, 5)
     noise = net.split_noise(torch.randn(2, net.noise_size))
     found = net.infer(x, context, noise)
@@ -163,6 +173,9 @@ def test_sizes_are_constructible_and_keep_the_shape(unshuffle: int, side: int, c
     found = net.infer(x, torch.zeros(1, 5))
     assert found.likelihood.mean.shape == x.shape
     assert [z.shape[2:] for z in found.latents] == [(4, 4), (8, 8), (16, 16)]
+    found = network(unshuffle=unshuffle, channels=channels, whole=3).infer(x, torch.zeros(1, 5))
+    assert found.likelihood.mean.shape == x.shape
+    assert found.latents[0].shape == (1, 3, 1, 1)
 
 
 @pytest.mark.parametrize(("widths", "side", "count"), [(S_HVAE_32, 32, 395_114), (S_HVAE_64, 64, 404_968)])
