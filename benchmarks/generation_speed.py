@@ -35,6 +35,7 @@ from cfssl.generators.finetune import FinetuneTask, value_limits
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.hvae_deep import PublishedNetworkSettings
 from cfssl.generators.hvae_settings import HVAESettings, HVAETrainSettings
+from cfssl.generators.hvae_small import S_HVAE_32, SmallNetworkSettings
 from cfssl.generators.hvae_training import HVAETask, free_energy
 from cfssl.generators.targets import AttributeRule, Counterfactual
 from cfssl.measure.predictor import AttributePredictor
@@ -58,14 +59,16 @@ Step = Callable[[], object]
 
 
 def settings_of(name: str, seed: int, epochs: int) -> HVAESettings:
-    """`small`: that of morphomnist_axioms.py with a learned sigma. `published`: the 2.04 M network with its
-    likelihood, batch and optimiser; with an exogenous prior, which costs less and reconstructs better than
-    the latent mediator that the published commands also turn on. `gaussian`: the same with the likelihood of
-    the small one."""
+    """`small`: S-HVAE-32, trained as that of morphomnist_axioms.py, with a learned sigma. `published`: the
+    2.04 M network with its likelihood, batch and optimiser; with an exogenous prior, which costs less and
+    reconstructs better than the latent mediator that the published commands also turn on. `gaussian`: the
+    same with the likelihood of the small one."""
     if name == "small":
         ours = generator_settings(seed)
         # Without fine-tuning a small fixed sigma would leave all of the parents in z.
-        return replace(ours, sigma="shared", train=replace(ours.train, epochs=epochs))
+        learned = {"sigma": "shared", "first_sigma": None}
+        network = SmallNetworkSettings(widths=S_HVAE_32)
+        return replace(ours, network=network, train=replace(ours.train, epochs=epochs), **learned)
     is_published = name == "published"
     return HVAESettings(
         parents=VARIABLES,
