@@ -30,13 +30,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ham10000_simclr", {"vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias"}),
         ("ham10000_cf_simclr", {"vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias"}),
         ("ham10000_simclr_plus", {"vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias"}),
+        ("ham10000_cf_dino", {"vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias"}),
+        ("ham10000_sex_cf_simclr", {"vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias"}),
         ("covid_cxr_simclr", {"PA", "AP", "AP Supine", "(missing)"}),
         ("covid_cxr_cf_simclr", {"PA", "AP", "AP Supine", "(missing)"}),
     ],
 )
 def test_a_recipe_on_real_images_runs(name: str, groups: set[str], shared_data: Path, runs: Path) -> None:
     learned = [] if name in ("ham10000_simclr", "covid_cxr_simclr") else SHORT_GENERATOR
-    overrides = [f"data.root={shared_data}", *SHORT, *learned]
+    shallow = ["backbone.options.depth=1"] if "dino" in name else []
+    overrides = [f"data.root={shared_data}", *SHORT, *learned, *shallow]
     job = Pipeline(load_recipe(RECIPES / f"{name}.yaml", overrides), runs, quiet=True)
     results = job.run()
     assert report_of(job).stat().st_size > 100_000
@@ -46,7 +49,7 @@ def test_a_recipe_on_real_images_runs(name: str, groups: set[str], shared_data: 
         inside = job.table.frame["split"] == split
         assert not set(group[inside]) & set(group[~inside])
     if job.recipe.generator is not None:
-        variable = job.recipe.generator.parents[0]
+        (variable,) = job.recipe.bank.do
         known = job.table.frame[variable].notna().to_numpy()[job.generation.bank.rows]
         # images whose acquisition is unknown keep their real image; the others have every value but their own
         bank = job.generation.bank
