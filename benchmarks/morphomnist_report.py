@@ -194,7 +194,8 @@ def protocol(table: ImageTable, distances: Mapping[str, float], chosen: str) -> 
         f"choices, {counts[2]:,} for evaluation; published: trained on 48,000",
         "generator": f"S-HVAE-32, widths {NETWORK.widths}, latents {NETWORK.latents} and {NETWORK.whole} "
         f"without a place, fixed sigma of [-1, 1] that falls from {SIGMAS[0]:g} to {SIGMAS[1]:g}, "
-        f"beta {BETA:g}, {EPOCHS} epochs, learning rate {LR:g} to {LR * LAST_LR:g}, batch {BATCH}, exogenous prior",
+        f"beta {BETA:g}, {EPOCHS} epochs, learning rate {LR:g} to {LR * LAST_LR:g}, batch {BATCH}, "
+        "exogenous prior",
         "choice of the budget": CHOICE,
         "fine-tuning": f"soft targets, {FINE_EPOCHS} epochs, learning rate {FINE_LR:g}, residual "
         f"{FINE_RESIDUAL:g}; guides trained on one half of the training digits",
