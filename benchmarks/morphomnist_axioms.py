@@ -77,8 +77,8 @@ CHOICE = (
     "1.1 / 3.1, .18, 3.7, .12; from 4 to .03 1.4 / 3.8, .14, 5.6, .28. With a latent without a place, from 8 "
     "to .02: latents 16, 8, 4 1.6 / 4.3, .15, 6.3, .43; 4, 4, 4 1.3 / 4.0, .16, 5.2, .48; 12 epochs 1.0 / "
     "3.1, .16, 5.8, .48, but .87 / 2.8, .17, 6.0, .19 where sigma is at its end after two thirds of them. "
-    "4 epochs of fine-tuning bring the last two to .93 / 3.0, .11, 2.8, .89 (learning rate 1e-3) and .87 / 2.8, "
-    ".11, 2.7, .87 (3e-4)"
+    "4 epochs of fine-tuning bring the last two to .93 / 3.0, .11, 2.8, .89 (learning rate 1e-3) and .87 / "
+    "2.8, .11, 2.7, .87 (3e-4)"
 )
 # Number of cycles per way; a cycle of full_residual returns the image.
 COMPOSITIONS = {"network": (1, 10), "sampled": (1, 10), "unclamped": (1, 10), "full_residual": (1,)}
