@@ -1,6 +1,7 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
 from cfssl.bank.build import plan_views
+from cfssl.data.plan import domain_counts
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest, quoted
 from cfssl.evaluate.evaluations import lacking
@@ -43,7 +44,7 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         for child, causes in recipe.generator.graph.items():
             for name in (child, *causes):
                 known(f"generator.graph.{child}", name, everything)
-    for variable, values in recipe.bank.do.items():
+    for variable, values in (entry for joint in recipe.bank.interventions for entry in joint.items()):
         known(f"bank.do.{variable}", variable, discrete if values == "all" else everything)
         attribute = table.attributes.get(variable)
         if attribute is not None and attribute.categories and values != "all":
@@ -196,7 +197,7 @@ def gate_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
         path = f"bank.gate.unchanged.{name} = {most}"
         if table.attributes[name].kind != "continuous" and most >= 1:
             found.append(f"{path}: of a discrete attribute it is a total variation; give less than 1")
-        if all(name in graph.affected([variable]) for variable in recipe.bank.do):
+        if all(name in graph.affected(joint) for joint in recipe.bank.interventions):
             found.append(f"{path}: every do() of bank.do affects {name}; name what is to stay, or remove it")
     return found
 
@@ -241,7 +242,7 @@ def area_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
                     area_specs(rule, table, recipe.finetune.do or recipe.generator.parents)
             except UserError as error:
                 found.append(f"finetune.rules[{index}]: {error}")
-    audit, areas = recipe.audit, [name for name in recipe.bank.do if name in table.areas]
+    audit, areas = recipe.audit, [name for name in recipe.bank.variables if name in table.areas]
     if audit is not None and areas:
         known = recipe.generator.causal_graph(table.attributes).variables
         specs = [table.areas[name] for name in known if name in table.areas]
@@ -262,8 +263,10 @@ def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     plan = recipe.views.counterfactual
     try:
         if plan is not None:
-            categories, values = table.attributes[plan.variable].categories, recipe.bank.do[plan.variable]
-            plan.chance(categories if values == "all" else [str(value) for value in values], categories)
+            domains = domain_counts(table, plan.variables, table.rows("train"))
+            held = list(plan.held(plan_views(recipe.bank.do, None, table.attributes)).values())
+            plan.chance(held, domains)
+            plan.target_weights(held, domains)
     except UserError as error:
         found.append(str(error))
     try:

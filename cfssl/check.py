@@ -83,7 +83,7 @@ def attributes_of(table: ImageTable) -> Table:
 def grouped_by(job: Pipeline) -> list[str]:
     """The discrete attributes that the recipe evaluates by, targets or intervenes on."""
     names = [name for evaluation in job.recipe.evaluate for name in (evaluation.target, *evaluation.by)]
-    names += [name for name in job.recipe.bank.do if job.table.attributes[name].categories]
+    names += [name for name in job.recipe.bank.variables if job.table.attributes[name].categories]
     return list(dict.fromkeys(names))
 
 

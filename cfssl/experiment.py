@@ -102,7 +102,7 @@ def generator_problems(recipe: Recipe) -> list[str]:
             "generator is given, but bank.do is empty; name what to intervene on, e.g. bank.do: "
             "{scanner: all}"
         )
-    if generator is not None and (strangers := sorted(recipe.bank.variables - variables)):
+    if generator is not None and (strangers := sorted(set(recipe.bank.variables) - variables)):
         found.append(
             f"bank.do intervenes on {strangers}, which is not among the generator's variables "
             f"{sorted(variables)}"
@@ -133,7 +133,7 @@ def audit_problems(recipe: Recipe) -> list[str]:
         return ["bank.gate drops views that audit.judge disagrees with; add audit.judge"] if gate else []
     if not recipe.bank.do:
         found.append("audit looks at the counterfactuals of bank.do, which is empty; name what to do")
-    if gate is not None and (unjudged := sorted(recipe.bank.variables - set(audit.judge.attributes))):
+    if gate is not None and (unjudged := sorted(set(recipe.bank.variables) - set(audit.judge.attributes))):
         found.append(
             f"bank.gate asks audit.judge about {unjudged}, which bank.do intervenes on and the judge does "
             "not predict; add them to audit.judge.attributes"
@@ -156,10 +156,15 @@ def audit_problems(recipe: Recipe) -> list[str]:
 def bank_problems(recipe: Recipe) -> list[str]:
     """Of what views ask for."""
     found, plan = [], recipe.views.counterfactual
-    if plan is not None and plan.variable not in recipe.bank.variables:
+    sets = [sorted(joint) for joint in recipe.bank.interventions]
+    if plan is not None and sorted(plan.variables) not in sets:
+        alone = isinstance(plan.variable, str)
+        wanted = plan.variable if alone else list(plan.variables)
+        does = sets if isinstance(recipe.bank.do, tuple) else sorted(recipe.bank.do)
+        joint = ", ".join(f"{name}: all" for name in plan.variables)
         found.append(
-            f"views.counterfactual.variable is {plan.variable!r}, but bank.do intervenes on "
-            f"{sorted(recipe.bank.variables) or 'nothing'}"
+            f"views.counterfactual.variable is {wanted!r}, but bank.do intervenes on {does or 'nothing'}"
+            + ("" if alone else f"; to set these together write bank.do: [{{{joint}}}]")
         )
     return found
 

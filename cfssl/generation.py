@@ -210,7 +210,7 @@ class Generation:
             with ProgressBar("gate", total=made, unit="views", quiet=quiet) as bar:
                 apply_gate(
                     stage_folder / "bank",
-                    PredictorJudge(judge, (*settings.do, *settings.gate.unchanged)),
+                    PredictorJudge(judge, (*settings.variables, *settings.gate.unchanged)),
                     settings.gate,
                     judge.fingerprint,
                     table.attributes,

@@ -18,7 +18,7 @@ from torch import nn
 
 from cfssl.agreement import check_against_table
 from cfssl.data.order import EpochOrder
-from cfssl.data.plan import ViewSource
+from cfssl.data.plan import ViewSource, domain_counts
 from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -85,7 +85,7 @@ class Pipeline:
         attributes |= {name: self.table.codes(name, source.rows) for name in coded_columns(recipe.objective)}
         train = recipe.train
         plan = recipe.views.counterfactual
-        categories = self.table.attributes[plan.variable].categories if plan is not None else ()
+        domains = None if plan is None else domain_counts(self.table, plan.variables, source.rows)
         return ViewData(
             source,
             recipe.views,
@@ -94,7 +94,7 @@ class Pipeline:
             train.seed,
             train.accumulate,
             attributes,
-            categories,
+            domains,
         )
 
     def new_encoder(self) -> tuple[nn.Module, dict[str, Any] | None]:

@@ -1,7 +1,9 @@
 """Contact sheets of a recipe: originals beside their counterfactuals, and beside the truth where there is
 one."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +38,7 @@ def bank_sheet(job: Pipeline, path: Path, items: int = 8) -> None:
             for do in (intervention(view, table.attributes, len(chosen)) for view in bank.views)
         ]
         truths = np.stack(rendered, axis=1)
-    variable = next(iter(bank.views[0]))
-    factual = [f"{variable} {value}" for value in table.frame[variable].iloc[bank.rows[chosen]]]
+    factual = factual_labels(bank.views, table, bank.rows[chosen])
     available = bank.available[chosen][:, 1:]
     counterfactual_sheet(
         path, stored[:, 0], stored[:, 1:], truths, slot_names(bank)[1:], factual, available=available
@@ -60,9 +61,7 @@ def audited_sheet(job: Pipeline, path: Path, items: int) -> None:
         made.append(to_stored(images, table.images.dtype))
         if table.truth is not None:
             truths.append(table.truth.counterfactual(rows, table.truth.attributes(rows, do)))
-    variables = dict.fromkeys(name for view in views for name in view)
-    frame = table.frame[list(variables)].iloc[rows]
-    factual = ["\n".join(f"{name} {_shown(row[name])}" for name in variables) for _, row in frame.iterrows()]
+    factual = factual_labels(views, table, rows)
     counterfactual_sheet(
         path,
         table.images.read(rows),
@@ -71,6 +70,13 @@ def audited_sheet(job: Pipeline, path: Path, items: int) -> None:
         [f"do({', '.join(f'{n}={_shown(v)}' for n, v in view.items())})" for view in views],
         factual,
     )
+
+
+def factual_labels(views: Sequence[Mapping[str, Any]], table: ImageTable, rows: np.ndarray) -> list[str]:
+    """What the rows have of everything that the do()s set, a line each."""
+    variables = dict.fromkeys(name for view in views for name in view)
+    frame = table.frame[list(variables)].iloc[rows]
+    return ["\n".join(f"{name} {_shown(row[name])}" for name in variables) for _, row in frame.iterrows()]
 
 
 def spread_over_domains(bank: Bank, table: ImageTable, count: int) -> np.ndarray:

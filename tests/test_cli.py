@@ -128,6 +128,8 @@ def test_schema_is_json(
         (["data.splits={train: 1.0}"], "is empty"),
         (["data.domains={A: 0.5}"], "shares"),
         (["bank.do={scanner: [Z]}"], "bank.do.scanner = 'Z': not among its values A, B, C, D"),
+        (["bank.do=[{scanner: all}, {scanner: [Z], sex: all}]"], "bank.do.scanner = 'Z': not among its"),
+        (["views.photometric.saturation=0.2"], "photometric.saturation changes colours, which needs 3"),
     ],
 )
 def test_a_bad_recipe_is_one_message_and_leaves_nothing(

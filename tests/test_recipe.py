@@ -93,6 +93,19 @@ evaluate: [{name: linear_prob, target: disease}]
         ("views.counterfactual.target={}", "target is {}; give at least one value a weight above 0"),
         ("views.counterfactual.target={A: 0.0}", "give at least one value a weight above 0"),
         ("views.counterfactual.target={A: 1.0}", "probability balanced makes the domains uniform"),
+        ("views.counterfactual.target=rare", "probability balanced makes the domains uniform"),
+        (
+            "views.counterfactual.variable=[scanner,sex]",
+            "variable is ['scanner', 'sex'], but bank.do intervenes on ['scanner']; to set these together "
+            "write bank.do: [{scanner: all, sex: all}]",
+        ),
+        (
+            "bank.do=[{scanner: all, sex: all}]",
+            "is 'scanner', but bank.do intervenes on [['scanner', 'sex']]",
+        ),
+        ("bank.do=[{}]", "bank.do[0] = {}: dictionary should have at least 1 item"),
+        ("bank.do=scanner", "bank.do = 'scanner': input should be a valid tuple"),
+        ("bank.do={scanner: some}", "bank.do.scanner = 'some'"),
         ("generator=null", "there is no generator"),
         ("bank.do={}", "bank.do is empty"),
         ("bank.do={age: [40.0]}", "not among the generator's variables ['scanner']"),

@@ -1,8 +1,9 @@
 """What a bank holds, as a recipe says it."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from cfssl.settings import STRICT, Count, Positive, Probability
@@ -23,17 +24,33 @@ class GateSettings:
     unchanged: dict[str, Positive] = Field(default_factory=dict)
 
 
+Values = dict[str, Literal["all"] | tuple[str | float, ...]]
+Joint = tuple[Annotated[Values, Field(min_length=1)], ...]
+
+
 @dataclass(frozen=True, config=STRICT)
 class BankSettings:
     """`do`: variable -> the values to set it to ("all": every category). Each value is one counterfactual per
-    image; an image's own value is not made again. `shard_megabytes`: size of one file; null: 64, and more in
-    a bank of more than 1,024 such files. `gate`: rejects what does not show its do(); null: all is shown."""
+    image; an image's own value is not made again. A list of such mappings holds joint interventions: each
+    sets all its variables at the same time, to every combination of their values. `shard_megabytes`: size of
+    one file; null: 64, and more in a bank of more than 1,024 such files. `gate`: rejects what does not show
+    its do(); null: all is shown."""
 
-    do: dict[str, Literal["all"] | tuple[str | float, ...]] = Field(default_factory=dict)
+    do: Annotated[
+        Annotated[Values, Tag("one at a time")] | Annotated[Joint, Tag("together")],
+        Discriminator(lambda value: "one at a time" if isinstance(value, Mapping) else "together"),
+    ] = Field(default_factory=dict)
     shard_megabytes: Count | None = None
     gate: GateSettings | None = None
 
     @property
-    def variables(self) -> set[str]:
-        """The variables intervened on."""
-        return set(self.do)
+    def interventions(self) -> Joint:
+        """The variables that are set together, with their values."""
+        if isinstance(self.do, tuple):
+            return self.do
+        return tuple({name: values} for name, values in self.do.items())
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The variables intervened on, alone or together."""
+        return tuple(dict.fromkeys(name for joint in self.interventions for name in joint))

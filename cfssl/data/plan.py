@@ -20,10 +20,12 @@ the one image B. The control "random intensity" asks whether counterfactuals do 
 intensity would: B is the real image, seen through a random tone curve that knows no scanner.
 
 p = 1 - 1/D with a uniform target makes the marginal domain of the counterfactual view uniform ("balanced").
-D counts the categories of the attribute, of several attributes their combinations, and the bank has to hold
-all of them.
+D counts the categories of the attribute, of several attributes that are set together (`variable: [scanner,
+sex]`) their combinations, and the bank has to hold all of them.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
@@ -31,10 +33,11 @@ import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from cfssl.data.table import ImageTable
 from cfssl.errors import UserError
 from cfssl.settings import STRICT, NonNegative, Probability, Share
 
-Domain = tuple[str, ...]  # one value of each variable of a plan
+Domain = tuple[str, ...]  # a value of each variable of a plan
 
 
 def _as_tuple(value: Any) -> Any:
@@ -53,50 +56,141 @@ Views = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class CounterfactualPlan:
-    """`variable`: the attribute intervened on. `view`: which views are counterfactual, by their numbers, or
-    "second_half" of the global and of the local ones, or "all". `probability`: of being so, or "balanced" =
-    1 - 1/D for a uniform target. `target`: "uniform" over the other values, or weights by value (own value
-    excluded, renormalised). `shared`: all named views show the same image; otherwise each draws its own
-    target."""
+    """`variable`: the attribute intervened on, or several that are set together. `view`: which views are
+    counterfactual, by their numbers, or "second_half" of the global and of the local ones, or "all".
+    `probability`: of being so, or "balanced" = 1 - 1/D for a uniform target. `target`: "uniform" over the
+    other values; "rare", by 1 / (number of training rows with the value); or weights by value, of several
+    variables by variable and value, which are multiplied. The own value is always excluded, the rest
+    renormalised. `shared`: all named views show the same image; otherwise each draws its own target."""
 
-    variable: str
+    variable: str | Annotated[tuple[str, ...], Field(min_length=1)]
     view: Views = "second_half"
     probability: Probability | Literal["balanced"] = "balanced"
-    target: Literal["uniform"] | dict[str, NonNegative] = "uniform"
+    target: Literal["uniform", "rare"] | dict[str, NonNegative | dict[str, NonNegative]] = "uniform"
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if len(set(self.variables)) < len(self.variables):
+            raise ValueError(f"variable is {list(self.variables)}; name each once")
         if self.target == "uniform":
             return
-        if not any(self.target.values()):
-            raise ValueError(f"target is {self.target}; give at least one value a weight above 0")
+        if self.target != "rare":
+            self._refuse_weights(self.target)
         if self.probability == "balanced":
             raise ValueError(
                 "probability balanced makes the domains uniform, and target weights do not; give it a number"
             )
 
-    def chance(self, held: Sequence[str], categories: Sequence[str]) -> float:
-        """p, given the values of the variable that the bank holds and the categories of the attribute.
+    def _refuse_weights(self, target: Mapping[str, Any]) -> None:
+        joint = not isinstance(self.variable, str)
+        if any(isinstance(weight, dict) != joint for weight in target.values()):
+            form = f"{{{self.variables[0]}: {{A: 1.0}}}}" if joint else "{A: 1.0}"
+            raise ValueError(f"target is {target}; write weights as {form} for variable {self.variable!r}")
+        if strangers := sorted(set(target) - set(self.variables)) if joint else []:
+            raise ValueError(f"target weighs {strangers}, but variable is {list(self.variables)}")
+        if not target or not all(any(weights.values()) for weights in self.weights.values()):
+            raise ValueError(f"target is {target}; give at least one value a weight above 0")
 
-        Raises `UserError` for target values that the bank does not hold, and for "balanced" unless it holds
-        every category.
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """What is set together."""
+        return (self.variable,) if isinstance(self.variable, str) else self.variable
+
+    @property
+    def weights(self) -> Mapping[str, Mapping[str, float]]:
+        """Of the values of each variable that has them."""
+        target: Any = {} if isinstance(self.target, str) else self.target
+        return {self.variable: target} if target and isinstance(self.variable, str) else target
+
+    def held(self, views: Sequence[Mapping[str, Any]]) -> dict[int, Domain]:
+        """The domain of each slot whose do() sets the variables of this plan and no others; `views`: the
+        do()s of slots 1..K.
+
+        Raises `UserError` when there is none.
         """
-        unknown = [] if self.target == "uniform" else sorted(set(self.target) - set(held))
-        if unknown:
+        found = {
+            slot: tuple(str(view[name]) for name in self.variables)
+            for slot, view in enumerate(views, 1)
+            if set(view) == set(self.variables)
+        }
+        if not found:
+            names = ", ".join(map(repr, self.variables))
+            together = " together" if len(self.variables) > 1 else ""
             raise UserError(
-                f"views.counterfactual.target names {unknown}, but the bank's values of {self.variable} are "
-                f"{sorted(held)}; correct it or add them to bank.do."
+                f"The view plan intervenes on {names}{together}, but the bank holds "
+                f"{[dict(view) for view in views] or 'real images only'}; add {names} to bank.do{together}."
             )
+        return found
+
+    def chance(self, held: Sequence[Domain], domains: Mapping[Domain, int]) -> float:
+        """p, given the domains that the bank holds, and all there are (`domain_counts`).
+
+        Raises `UserError` for "balanced" unless the bank holds every domain.
+        """
         if self.probability != "balanced":
             return self.probability
-        if not categories or set(held) != set(categories):
-            found = f"its categories are {list(categories)}" if categories else "it has no categories"
+        if not domains or set(held) != set(domains):
+            categories = f"its categories are {_shown(domains)}" if domains else "it has no categories"
+            each = ", ".join(f"{name}: all" for name in self.variables)
+            do = f"{{{each}}}" if isinstance(self.variable, str) else f"[{{{each}}}]"
             raise UserError(
                 "views.counterfactual.probability is balanced, which needs every category of "
-                f"{self.variable} in the bank; the bank holds {sorted(held)} and {found}. Set bank.do: "
-                f"{{{self.variable}: all}}, or give probability a number."
+                f"{' and '.join(self.variables)} in the bank; the bank holds {_shown(sorted(held))} and "
+                f"{categories}. Set bank.do: {do}, or give probability a number."
             )
-        return 1 - 1 / len(categories)
+        return 1 - 1 / len(domains)
+
+    def target_weights(self, held: Sequence[Domain], domains: Mapping[Domain, int]) -> np.ndarray:
+        """How often each of the domains `held` is the target, as relative weights (K',) for an image that
+        could take all. A domain that no row has counts as if one row had it.
+
+        Raises `UserError` for values that the bank does not hold, and where "rare" has nothing to count.
+        """
+        if self.target == "rare":
+            if not domains:
+                raise UserError(
+                    "views.counterfactual.target is rare, which counts the rows of each category, and "
+                    f"{' and '.join(self.variables)} has none; write uniform or weights."
+                )
+            return np.array([1 / max(domains[domain], 1) for domain in held])
+        for place, (name, weights) in enumerate((name, self.weights.get(name)) for name in self.variables):
+            values = {domain[place] for domain in held}
+            if unknown := sorted(set(weights or ()) - values):
+                raise UserError(
+                    f"views.counterfactual.target names {unknown}, but the bank's values of {name} are "
+                    f"{sorted(values)}; correct it or add them to bank.do."
+                )
+        found = [
+            math.prod(
+                self.weights[name].get(value, 0.0)
+                for name, value in zip(self.variables, domain, strict=True)
+                if name in self.weights
+            )
+            for domain in held
+        ]
+        if not any(found):
+            raise UserError(
+                f"views.counterfactual.target gives none of the bank's {_shown(held)} a weight above 0; "
+                "correct it or add to bank.do."
+            )
+        return np.array(found, dtype=np.float64)
+
+
+def domain_counts(table: ImageTable, variables: Sequence[str], rows: np.ndarray) -> dict[Domain, int]:
+    """How many of `rows` have each combination of categories of the variables, 0 for those that none has;
+    nothing where one of them is continuous."""
+    categories = [table.attributes[name].categories for name in variables]
+    if not all(categories):
+        return {}
+    counts = dict.fromkeys(itertools.product(*categories), 0)
+    known = table.frame[list(variables)].iloc[rows].dropna()
+    for values in known.itertuples(index=False):
+        counts[tuple(map(str, values))] += 1
+    return counts
+
+
+def _shown(domains: Sequence[Domain] | Mapping[Domain, int]) -> list[str]:
+    return [", ".join(domain) for domain in domains]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,33 +267,21 @@ class SlotPlan:
         source: ViewSource,
         count: int,
         plan: CounterfactualPlan | None,
-        categories: Sequence[str] = (),
+        domains: Mapping[Domain, int] | None = None,
         local: int = 0,
     ) -> None:
-        """Of `count` global views and `local` ones after them. `categories`: of the plan's variable. Raises
-        `UserError` when the source cannot serve the plan."""
+        """Of `count` global views and `local` ones after them. `domains`: see `domain_counts`, of the plan's
+        variables. Raises `UserError` when the source cannot serve the plan."""
         self.views = count + local
         self.named: list[list[int]] = []  # views that are drawn together
         if plan is None:
             return
-        values = {
-            slot: str(view[plan.variable])
-            for slot, view in enumerate(source.views, 1)
-            if set(view) == {plan.variable}
-        }
-        if not values:
-            raise UserError(
-                f"The view plan intervenes on {plan.variable!r}, but the bank holds "
-                f"{[dict(view) for view in source.views] or 'real images only'}; add {plan.variable!r} to "
-                "bank.do."
-            )
-        self.shared, self.slots = plan.shared, np.array(list(values))
-        self.probability = plan.chance(list(values.values()), categories)
+        held = plan.held(source.views)
+        self.shared, self.slots = plan.shared, np.array(list(held))
+        self.probability = plan.chance(list(held.values()), domains or {})
         # (N, K'): weight of every available target; a row's own value is not available as a counterfactual.
-        weights = [
-            1.0 if plan.target == "uniform" else plan.target.get(value, 0.0) for value in values.values()
-        ]
-        self.weights = source.available[:, self.slots] * np.array(weights)
+        weights = plan.target_weights(list(held.values()), domains or {})
+        self.weights = source.available[:, self.slots] * weights
         numbers = view_numbers(plan.view, plan.shared, count, local)
         # Local views draw after the global ones, so that these are the same with and without them.
         kinds = [[number for number in numbers if (number >= count) == is_local] for is_local in (0, 1)]

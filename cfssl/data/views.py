@@ -4,7 +4,7 @@ Which stored image a view shows is decided by its plan (plan.py); here every vie
 look.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
 from typing import Any, Literal, Self
@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from cfssl.data.augment import Photometric, PhotometricSettings, tone_curve
 from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp
 from cfssl.data.order import EpochOrder
-from cfssl.data.plan import CounterfactualPlan, IntensityPlan, SlotPlan, ViewSource, view_numbers
+from cfssl.data.plan import CounterfactualPlan, Domain, IntensityPlan, SlotPlan, ViewSource, view_numbers
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed, numpy_generator
 from cfssl.settings import STRICT, Count, ShareRange
@@ -147,11 +147,11 @@ class ViewData:
         seed: int,
         accumulate: int = 1,
         attributes: Mapping[str, torch.Tensor] | None = None,
-        categories: Sequence[str] = (),
+        domains: Mapping[Domain, int] | None = None,
     ) -> None:
-        """`attributes`: factual values (N,) of the source's items. `categories`: of the variable that the
-        view plan intervenes on. Raises `UserError` when an epoch has no full batch or the source cannot serve
-        the plan."""
+        """`attributes`: factual values (N,) of the source's items. `domains`: how many of them have each
+        value of the variables that the view plan intervenes on, see `domain_counts`. Raises `UserError` when
+        an epoch has no full batch or the source cannot serve the plan."""
         if len(source) < batch:
             raise UserError(
                 f"train.batch is {batch}, but only {len(source)} images can be trained on; lower train.batch."
@@ -162,9 +162,8 @@ class ViewData:
         self.order = EpochOrder(len(source), batch, epochs, seed)
         self.attributes = dict(attributes or {})
         local = settings.local
-        self.plan = SlotPlan(
-            source, settings.count, settings.counterfactual, categories, local.count if local else 0
-        )
+        plan, others = settings.counterfactual, local.count if local else 0
+        self.plan = SlotPlan(source, settings.count, plan, domains, others)
         settings.refuse_colours(source.shape[0])
         self.kinds = [_Kind(settings, 0, settings.shape(source.shape)[1])]
         if local is not None:

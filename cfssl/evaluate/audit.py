@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfssl.bank.build import Values, plan_views
+from cfssl.bank.build import Interventions, plan_views
 from cfssl.data.pixels import to_signed
 from cfssl.data.regions import factual_maps, measure_areas, region_index
 from cfssl.data.table import Attributes, ImageTable
@@ -54,7 +54,7 @@ REFERENCES = 2000  # training images that minimality compares with
 def audit(
     generator: Generator,
     table: ImageTable,
-    do: Mapping[str, Values],
+    do: Interventions,
     judge: AttributePredictor,
     segmentor: Segmentor | None,
     embedding: Embedding | None,

@@ -1,8 +1,8 @@
 """Lays out sheets of tiles: headings, labels, frames, legend.
 
-Enters: lines of equally sized RGB tiles with their words. Leaves: a PNG. The canvas is an array, so that
-every tile keeps its exact pixels; matplotlib only sets the words. All places are pixels from the top left
-corner.
+Enters: lines of RGB tiles with their words; a column is as wide as its widest tile, a line as high as its
+highest. Leaves: a PNG. The canvas is an array, so that every tile keeps its exact pixels; matplotlib only
+sets the words. All places are pixels from the top left corner.
 """
 
 import math
@@ -95,33 +95,33 @@ def draw(
     legend: Sequence[Key] = (),
 ) -> None:
     """Writes the sheet. `groups`: headings over neighbouring columns, as (heading, number of columns)."""
-    height, width = next(tile.pixels.shape for line in lines for tile in line.tiles if tile is not None)[:2]
+    widths = column_widths(lines, len(columns))
     frame = FRAME if any(tile is not None and tile.frame for line in lines for tile in line.tiles) else 0
-    lefts = left_edges(lines, groups, len(columns), width, frame)
+    lefts = left_edges(lines, groups, widths, frame)
     font = FontProperties(size=POINTS)
     key_width = max((key.indent + text_width(key.words, font) for key in legend), default=0)
-    sheet_width = MARGIN + max(lefts[-1] + width + frame, MARGIN + key_width)
+    sheet_width = MARGIN + max(lefts[-1] + widths[-1] + frame, MARGIN + key_width)
 
     sheet, y = Sheet(), MARGIN
     if any(heading for heading, _ in groups):
         first = 0
         for heading, size in groups:
-            left, right = lefts[first], lefts[first + size - 1] + width
+            left, right = lefts[first], lefts[first + size - 1] + widths[first + size - 1]
             if heading:
                 sheet.write(heading, (left + right) / 2, y, right - left, ha="center", weight="bold")
                 sheet.paste(np.full((1, right - left, 3), RULE, np.uint8), left, y + LINE)
             first += size
         y += LINE + 4
     if any(columns):
-        for left, heading in zip(lefts, columns, strict=True):
+        for left, width, heading in zip(lefts, widths, columns, strict=True):
             sheet.write(heading, left + width / 2, y, width + GAP, ha="center")
         y += LINE + frame
     for line in lines:
         for left, tile in zip(lefts, line.tiles, strict=True):
             if tile is not None:
                 put(sheet, tile, left, y, frame)
-        captioned = any(tile is not None and tile.caption for tile in line.tiles)
-        y += height + frame + (LINE if captioned else 0) + line.gap + frame
+        y += max((below(tile) for tile in line.tiles if tile is not None), default=0)
+        y += frame + line.gap + frame
     for key in legend:
         if key.swatch is not None:
             sheet.paste(key.swatch, MARGIN, y + 2)
@@ -130,8 +130,19 @@ def draw(
     sheet.save(path, y + (MARGIN if legend else 0), sheet_width)
 
 
+def below(tile: Tile) -> int:
+    """Pixels from the top of a tile to the end of its caption."""
+    return tile.pixels.shape[0] + (LINE * len(tile.caption.split("\n")) if tile.caption else 0)
+
+
+def column_widths(lines: Sequence[Line], columns: int) -> list[int]:
+    """Of the widest tile of every column; 0 of a column that is empty."""
+    tiles = [[line.tiles[column] for line in lines] for column in range(columns)]
+    return [max((tile.pixels.shape[1] for tile in column if tile is not None), default=0) for column in tiles]
+
+
 def left_edges(
-    lines: Sequence[Line], groups: Sequence[tuple[str, int]], columns: int, width: int, frame: int
+    lines: Sequence[Line], groups: Sequence[tuple[str, int]], widths: Sequence[int], frame: int
 ) -> list[int]:
     """The left edge of the tiles in every column: a group keeps its distance from the last, and columns with
     labelled tiles leave room for the labels."""
@@ -140,12 +151,17 @@ def left_edges(
         starts.add(first)
         first += size
     labels = [
-        [tile.side for line in lines if (tile := line.tiles[column]) is not None] for column in range(columns)
+        [tile.side for line in lines if (tile := line.tiles[column]) is not None]
+        for column in range(len(widths))
     ]
     room = [max((LINE * len(label.split("\n")) for label in column if label), default=0) for column in labels]
     edges: list[int] = []
-    for column in range(columns):
-        before = edges[-1] + width + frame + (GROUP_GAP if column in starts else GAP) if edges else MARGIN
+    for column in range(len(widths)):
+        before = (
+            edges[-1] + widths[column - 1] + frame + (GROUP_GAP if column in starts else GAP)
+            if edges
+            else MARGIN
+        )
         edges.append(before + room[column] + frame)
     return edges
 
@@ -162,8 +178,8 @@ def put(sheet: Sheet, tile: Tile, left: int, top: int, frame: int) -> None:
         middle = top + height / 2
         sheet.write(tile.side, left - frame - 4, middle, height, rotation=90, ha="right", va="center")
     if tile.caption:
-        below, colour = top + height + frame + 2, tile.frame or INK
-        sheet.write(tile.caption, left + width / 2, below, width + GAP, ha="center", color=colour)
+        under, colour = top + height + frame + 2, tile.frame or INK
+        sheet.write(tile.caption, left + width / 2, under, width + GAP, ha="center", color=colour)
 
 
 def text_width(text: str, font: FontProperties) -> int:

@@ -18,7 +18,7 @@ from cfssl.errors import UserError
 from cfssl.visualise import COLOURS
 from cfssl.visualise.layout import GAP, Key, Line, Tile, draw
 
-SMALLEST_TILE = 110  # pixels
+SMALLEST_TILE, SMALLEST_LOCAL_TILE = 110, 84  # pixels
 TILES_ACROSS = 6  # of a view grid
 BLANK = np.uint8(240)  # the grey of places without an image
 REAL = "#595959"  # the frame of real views
@@ -114,48 +114,58 @@ def counterfactual_sheet(
 
 
 def view_grid(path: Path, batch: ViewBatch, names: Sequence[str], items: int = 8) -> None:
-    """Writes the first `items` of a batch as objectives see it: the views of an item side by side, framed and
-    captioned by the stored image that they show; pixels from outside of the image are hatched.
+    """Writes the first `items` of a batch as objectives see it: the views of an item side by side, its local
+    ones after them, framed and captioned by the stored image that they show; pixels from outside of the image
+    are hatched.
 
     `names`: what slots 0..K show, e.g. "real", "do(scanner=A)", "do(scanner=B)".
     """
-    images, valid = batch.images[:items].numpy(), batch.valid[:items].numpy()
-    slots, table_rows = batch.slot[:items].numpy(), batch.row[:items].numpy()
-    count, views, _, height, width = images.shape
-    if slots.max() >= len(names):
+    kinds: list[ViewBatch] = [batch] if batch.local is None else [batch, batch.local]
+    highest = max(int(kind.slot[:items].max()) for kind in kinds)
+    if highest >= len(names):
         raise UserError(
-            f"The batch shows slot {slots.max()}, but names has {len(names)}; name slot 0 and every do()."
+            f"The batch shows slot {highest}, but names has {len(names)}; name slot 0 and every do()."
         )
-    factor = math.ceil(SMALLEST_TILE / min(height, width))
-
-    def tile(item: int, view: int) -> Tile:
-        slot = int(slots[item, view])
-        pixels = enlarge(as_rgb(as_float(images[item, view])), factor)
-        pixels = hatched(pixels, ~enlarge(valid[item, view], factor))
-        side = f"row {table_rows[item]}" if view == 0 else ""
-        frame = COLOURS[(slot - 1) % len(COLOURS)] if slot else REAL
-        return Tile(pixels, names[slot], side, frame)
-
-    across = max(1, min(count, TILES_ACROSS // views))
+    tiles = [
+        [tile for kind in kinds for tile in view_tiles(kind, item, names, is_local=kind is not batch)]
+        for item in range(min(items, len(batch)))
+    ]
+    views = len(tiles[0])
+    across = max(1, min(len(tiles), TILES_ACROSS // views))
     lines = []
-    for first in range(0, count, across):
-        shown = range(first, min(first + across, count))
-        tiles = [tile(item, view) for item in shown for view in range(views)]
-        lines.append(Line([*tiles, *[None] * (across * views - len(tiles))]))
+    for first in range(0, len(tiles), across):
+        shown = [tile for item in tiles[first : first + across] for tile in item]
+        lines.append(Line([*shown, *[None] * (across * views - len(shown))]))
     legend = []
-    if not valid.all():
+    if not all(kind.valid[:items].all() for kind in kinds):
         swatch = hatched(np.zeros((12, 24, 3), np.uint8), np.ones((12, 24), bool))
         legend = [Key("outside of the stored image", swatch)]
     columns = [f"view {view}" for view in range(views)] * across
-    draw(path, lines, columns, [("", views)] * across, legend)
+    groups = [("", views)] * across
+    if batch.local is not None:
+        groups = [("global", batch.images.shape[1]), ("local", batch.local.images.shape[1])] * across
+    draw(path, lines, columns, groups, legend)
+
+
+def view_tiles(batch: ViewBatch, item: int, names: Sequence[str], is_local: bool) -> list[Tile]:
+    """The views of one item."""
+    images, valid = batch.images[item].numpy(), batch.valid[item].numpy()
+    factor = math.ceil((SMALLEST_LOCAL_TILE if is_local else SMALLEST_TILE) / min(images.shape[2:]))
+    tiles = []
+    for view, slot in enumerate(batch.slot[item].tolist()):
+        pixels = enlarge(as_rgb(as_float(images[view])), factor)
+        pixels = hatched(pixels, ~enlarge(valid[view], factor))
+        side = f"row {batch.row[item]}" if view == 0 and not is_local else ""
+        frame = COLOURS[(slot - 1) % len(COLOURS)] if slot else REAL
+        caption = names[slot].replace(", ", ",\n")  # of a joint do()
+        tiles.append(Tile(pixels, caption, side, frame))
+    return tiles
 
 
 def slot_names(bank: Bank) -> list[str]:
     """ "real", then do(...) of every slot."""
-    return [
-        "real",
-        *(", ".join(f"do({name}={value})" for name, value in view.items()) for view in bank.views),
-    ]
+    done = [", ".join(f"{name}={value}" for name, value in view.items()) for view in bank.views]
+    return ["real", *(f"do({values})" for values in done)]
 
 
 def as_float(image: np.ndarray) -> np.ndarray:

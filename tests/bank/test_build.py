@@ -31,6 +31,7 @@ from bank_toys import (
 
 from cfssl.bank.build import plan_bank, plan_views, shard_megabytes
 from cfssl.bank.records import size_and_checksum, write_record
+from cfssl.bank.settings import BankSettings
 from cfssl.bank.shards import begin, finish, view_checksum, write_shard
 from cfssl.bank.store import Bank, verify
 from cfssl.errors import UserError
@@ -69,6 +70,21 @@ def dead_process():
 )
 def test_plans_become_lists_of_interventions(do, expected):
     assert plan_views(do, ToyGenerator().graph, ATTRIBUTES) == expected
+
+
+def test_a_recipe_sets_variables_one_at_a_time_or_together():
+    alone = BankSettings(do={"scanner": ("B",), "disease": "all"})
+    together = BankSettings(do=({"scanner": ("B",), "disease": "all"}, {"age": (30,)}))
+    graph, yes = ToyGenerator().graph, [{"disease": value} for value in ("no", "yes")]
+    assert plan_views(alone.do, graph, ATTRIBUTES) == [{"scanner": "B"}, *yes]
+    joint = [{"scanner": "B", **disease} for disease in yes]
+    assert plan_views(together.do, graph, ATTRIBUTES) == [*joint, {"age": 30}]
+    for settings in (alone, together):
+        assert plan_views(settings.interventions, graph, ATTRIBUTES) == plan_views(
+            settings.do, graph, ATTRIBUTES
+        )
+    assert alone.variables == ("scanner", "disease")
+    assert together.variables == ("scanner", "disease", "age")
 
 
 @pytest.mark.parametrize(

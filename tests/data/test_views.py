@@ -1,16 +1,21 @@
 """View plans give exactly the pairs of the papers; batches are a pure function of seed and step."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from cfssl.data.augment import PhotometricSettings
 from cfssl.data.geometry import GeometrySettings, grid, to_source, to_view
-from cfssl.data.plan import CounterfactualPlan, IntensityPlan, SlotPlan
+from cfssl.data.plan import CounterfactualPlan, IntensityPlan, SlotPlan, domain_counts
+from cfssl.data.prepare import save_prepared
+from cfssl.data.splits import SplitSettings
+from cfssl.data.table import Attribute
 from cfssl.data.views import (
     LocalGeometrySettings,
     LocalViewSettings,
@@ -24,6 +29,7 @@ from cfssl.errors import UserError
 from cfssl.seeds import numpy_generator
 
 DOMAINS = ("A", "B", "C", "D", "E")
+COUNTS = {(domain,): 80 for domain in DOMAINS}  # of the rows of a source
 
 
 class MemorySource:
@@ -50,7 +56,7 @@ def draws(plan: CounterfactualPlan | None, local: int = 0) -> tuple[np.ndarray, 
     """Slots (50,000, 2 + local) and the factual domain of each draw."""
     source = MemorySource()
     items = np.arange(50_000) % 400
-    return SlotPlan(source, 2, plan, DOMAINS, local).draw(numpy_generator(0), items), source.domain[items]
+    return SlotPlan(source, 2, plan, COUNTS, local).draw(numpy_generator(0), items), source.domain[items]
 
 
 def test_cf_simclr_keeps_view_0_real_and_draws_the_other_domains_uniformly() -> None:
@@ -174,18 +180,168 @@ def test_a_plan_the_bank_cannot_serve_is_refused_with_what_it_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("categories", "expected"),
+    ("domains", "expected"),
     [
-        ((*DOMAINS, "F"), r"the bank holds \['A', 'B', 'C', 'D', 'E'\] and its categories are .*'F'\]"),
-        ((), "it has no categories"),
+        ({**COUNTS, ("F",): 1}, r"the bank holds \['A', 'B', 'C', 'D', 'E'\] and its categories are .*'F'\]"),
+        ({}, "it has no categories"),
     ],
 )
-def test_balanced_needs_every_category_in_the_bank(categories: tuple[str, ...], expected: str) -> None:
+def test_balanced_needs_every_category_in_the_bank(domains: dict, expected: str) -> None:
     """With the values of the bank alone, one intervention would silently mean p = 0."""
     with pytest.raises(UserError, match=rf"needs every category of scanner.*{expected}"):
-        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="scanner"), categories)
+        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable="scanner"), domains)
     with_number = CounterfactualPlan(variable="scanner", probability=0.3)
-    assert SlotPlan(MemorySource(), 2, with_number, categories).probability == 0.3
+    assert SlotPlan(MemorySource(), 2, with_number, domains).probability == 0.3
+
+
+def test_rare_targets_are_drawn_by_one_over_their_number_of_rows() -> None:
+    """Of a training set as skewed as that of the paper; the own value is excluded and the rest
+    renormalised."""
+    counts = dict(zip(DOMAINS, (890, 45, 35, 28, 2), strict=True))
+    source, items = MemorySource(), np.arange(200_000) % 400
+    plan = CounterfactualPlan(variable="scanner", probability=0.9, target="rare")
+    chosen = SlotPlan(source, 2, plan, {(name,): count for name, count in counts.items()})
+    slots = chosen.draw(numpy_generator(0), items)[:, 1]
+    assert (slots > 0).mean() == pytest.approx(0.9, abs=0.005)
+    weight = np.array([1 / counts[name] for name in DOMAINS])
+    for own in range(5):
+        expected = np.where(np.arange(5) == own, 0, weight)
+        shown = slots[(source.domain[items] == own) & (slots > 0)]
+        frequency = np.bincount(shown - 1, minlength=5) / len(shown)
+        np.testing.assert_allclose(frequency, expected / expected.sum(), atol=0.011)  # four standard errors
+
+
+def test_a_domain_without_rows_is_as_rare_as_one_with_one_row() -> None:
+    plan = CounterfactualPlan(variable="scanner", probability=1, target="rare")
+    weights = plan.target_weights([("A",), ("B",), ("C",)], {("A",): 4, ("B",): 1, ("C",): 0})
+    np.testing.assert_array_equal(weights, [0.25, 1, 1])
+    with pytest.raises(
+        UserError, match=r"target is rare, which counts the rows of each category, and scanner"
+    ):
+        plan.target_weights([("30.0",)], {})
+
+
+SEXES = ("F", "M")
+BOTH = [(domain, sex) for domain in DOMAINS for sex in SEXES]
+
+
+class JointSource(MemorySource):
+    """Slots 1..10 set scanner and sex together, 11..15 the scanner alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = (
+            *({"sex": sex, "scanner": domain} for domain, sex in BOTH),
+            *({"scanner": domain} for domain in DOMAINS),
+        )
+        self.sex = np.arange(400) // 5 % 2
+        self.own = 2 * self.domain + self.sex  # place in BOTH
+        self.available = np.ones((400, 16), dtype=bool)
+        self.available[np.arange(400), 1 + self.own] = False
+        self.available[np.arange(400), 11 + self.domain] = False
+
+
+def joint_draws(**plan: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Slots of view 1 and the own combination, 0..9, of 100,000 draws."""
+    source, items = JointSource(), np.arange(100_000) % 400
+    settings = CounterfactualPlan(variable=("scanner", "sex"), **plan)
+    drawn = SlotPlan(source, 2, settings, dict.fromkeys(BOTH, 40)).draw(numpy_generator(0), items)
+    assert (drawn[:, 0] == 0).all()
+    return drawn[:, 1], source.own[items]
+
+
+def test_joint_views_make_every_combination_as_frequent() -> None:
+    """Balanced is 1 - 1/10: an image with its scanner or its sex alone changed is a combination like
+    others."""
+    slots, own = joint_draws()
+    assert (slots > 0).mean() == pytest.approx(0.9, abs=0.005)
+    assert slots.max() <= 10
+    for factual in range(10):
+        shown = np.where(slots == 0, own, slots - 1)[own == factual]
+        np.testing.assert_allclose(np.bincount(shown, minlength=10) / len(shown), 0.1, atol=0.014)
+
+
+def test_weights_of_joint_views_are_multiplied() -> None:
+    weights = {"scanner": {"B": 3.0, "D": 1.0}, "sex": {"M": 0.8, "F": 0.2}}
+    slots, own = joint_draws(probability=1.0, target=weights)
+    shown = slots[own == BOTH.index(("A", "F"))] - 1
+    for domain, sex in BOTH:
+        expected = weights["scanner"].get(domain, 0) / 4 * weights["sex"][sex]
+        assert (shown == BOTH.index((domain, sex))).mean() == pytest.approx(expected, abs=0.02)
+    only = joint_draws(probability=1.0, target={"sex": {"M": 1.0}})[0]
+    assert set(only) == {slot for slot, (_, sex) in enumerate(BOTH, 1) if sex == "M"}
+
+
+def test_a_plan_of_one_variable_leaves_joint_views_alone() -> None:
+    source, items = JointSource(), np.arange(4000) % 400
+    slots = SlotPlan(source, 2, CounterfactualPlan(variable="scanner"), COUNTS).draw(
+        numpy_generator(0), items
+    )
+    assert set(slots[:, 1]) == {0, *range(11, 16)}
+    with pytest.raises(UserError, match=r"intervenes on 'scanner', 'sex' together, but the bank holds"):
+        SlotPlan(MemorySource(), 2, CounterfactualPlan(variable=("scanner", "sex"), probability=1.0))
+    with pytest.raises(UserError, match=r"Set bank.do: \[\{scanner: all, sex: all\}\]"):
+        SlotPlan(
+            source,
+            2,
+            CounterfactualPlan(variable=("scanner", "sex")),
+            {**dict.fromkeys(BOTH, 1), ("F", "F"): 0},
+        )
+
+
+@pytest.mark.parametrize(
+    ("variable", "target", "expected"),
+    [
+        ("scanner", {"scanner": {"A": 1.0}}, r"write weights as \{A: 1.0\}"),
+        (("scanner", "sex"), {"A": 1.0}, r"write weights as \{scanner: \{A: 1.0\}\}"),
+        (("scanner", "sex"), {"age": {"A": 1.0}}, r"target weighs \['age'\], but variable is"),
+        (("scanner", "sex"), {"sex": {"F": 0.0}}, "at least one value a weight above 0"),
+        (("scanner", "scanner"), "uniform", "name each once"),
+    ],
+)
+def test_weights_of_another_form_than_the_variables_are_refused(
+    variable: Any, target: Any, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        CounterfactualPlan(variable=variable, probability=0.5, target=target)
+
+
+def test_weights_that_leave_nothing_of_the_bank_are_refused() -> None:
+    plan = CounterfactualPlan(
+        variable=("scanner", "sex"), probability=1, target={"scanner": {"A": 1}, "sex": {"M": 1}}
+    )
+    with pytest.raises(UserError, match=r"gives none of the bank's \['A, F', 'B, M'\] a weight"):
+        plan.target_weights([("A", "F"), ("B", "M")], {})
+
+
+def test_domains_are_counted_among_the_rows_with_those_that_none_has(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "scanner": ["A", "A", "B", "A", "B", None],
+            "sex": ["F", "M", "F", "F", None, "M"],
+            "age": [30.0] * 6,
+            "split": "train",
+        }
+    )
+    attributes = {
+        "scanner": Attribute("scanner", "categorical", ("A", "B", "C")),
+        "sex": Attribute("sex", "binary", SEXES),
+        "age": Attribute("age", "continuous"),
+    }
+    split = SplitSettings(may_be_empty=("val", "test"))
+    images = np.zeros((6, 1, 4, 4), np.uint8)
+    table = save_prepared(tmp_path / "table", "toy", frame, attributes, images, split=split)
+    rows = np.array([0, 1, 2, 4, 5])
+    assert domain_counts(table, ["scanner"], rows) == {("A",): 2, ("B",): 2, ("C",): 0}
+    assert domain_counts(table, ["scanner", "sex"], rows) == {
+        ("A", "F"): 1,
+        ("A", "M"): 1,
+        ("B", "F"): 1,
+        ("B", "M"): 0,
+        ("C", "F"): 0,
+        ("C", "M"): 0,
+    }
+    assert domain_counts(table, ["scanner", "age"], rows) == {}
 
 
 SETTINGS = ViewSettings(
@@ -342,6 +498,33 @@ def test_local_views_show_the_slot_they_name() -> None:
     assert torch.equal(batch.local.slot[:, 2:], batch.slot[:, 1:].repeat(1, 2))
     assert batch.slot[:, 1].any()
     assert not batch.local.slot[:, :2].any()
+
+
+class BrightSource(MemorySource):
+    """No stored pixel is black; counterfactuals differ from the real image everywhere."""
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        images = numpy_generator(0).integers(50, 100, self.shape).astype(np.uint8)
+        return (images + 100 * (slots > 0)[..., None, None, None]).astype(np.uint8)
+
+
+def test_counterfactual_views_are_black_outside_of_the_same_region_as_real_ones() -> None:
+    """No border tells them apart: the published cache has black rows that real images lack."""
+    settings = ViewSettings(
+        geometry=GeometrySettings(crop_scale=(0.8, 1.0), rotation=45),
+        photometric=PhotometricSettings(brightness=0, contrast=0),
+    )
+    plan = CounterfactualPlan(variable="scanner", view="all", probability=0.5)
+    source = BrightSource(side=24)
+    (batch,) = ViewData(source, replace(settings, counterfactual=plan), batch=200, epochs=1, seed=0)[0]
+    (real,) = ViewData(source, settings, batch=200, epochs=1, seed=0)[0]
+    assert torch.equal(batch.valid, real.valid)
+    assert torch.equal(batch.images == 0, real.images == 0)
+    shown = batch.images[:, :, 0][batch.valid]
+    assert shown.min() >= 50 / 255 - 1e-6
+    is_counterfactual = batch.is_counterfactual[..., None, None].expand_as(batch.valid)[batch.valid]
+    assert torch.equal(shown > 125 / 255, is_counterfactual)
+    assert (batch.images == 0).float().mean() > 0.05
 
 
 class AirSource(MemorySource):

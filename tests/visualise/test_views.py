@@ -1,5 +1,6 @@
 """Sheets show the pixels they were given, at the place that their headings and labels say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,34 @@ def test_frames_tell_real_from_each_intervention_and_only_invalid_pixels_are_hat
     assert place[1] > left
     assert 0.1 < stripes.mean() < 0.5
     assert (hatched == enlarged(images[1, 1])[:, :half])[~stripes].all()
+
+
+def test_local_views_stand_after_the_global_ones_smaller_and_framed_alike(tmp_path: Path) -> None:
+    side, factor = 16, 6  # tiles of 96 pixels beside those of 128
+    slots = np.array([[0, 2], [1, 0]])
+    images = noise(2, 2, 1)
+    local_slots = np.array([[0, 0, 2], [1, 0, 1]])
+    local_images = np.random.default_rng(5).integers(0, 256, (2, 3, 1, side, side), dtype=np.uint8)
+    local = a_batch(local_slots, np.ones((2, 3, side, side), bool), local_images)
+    batch = replace(a_batch(slots, np.ones((2, 2, SIDE, SIDE), bool), images), local=local)
+    path = tmp_path / "sheet.png"
+    names = ["real", "do(scanner=A, sex=F)", "do(scanner=B, sex=F)"]
+    view_grid(path, batch, names)
+    sheet = pixels_of(path)
+    for item in range(2):
+        tops, lefts = zip(*(only_place(sheet, image) for image in images[item]), strict=True)
+        end = lefts[-1] + FACTOR * SIDE
+        for view, slot in enumerate(local_slots[item]):
+            flat = np.repeat(local_images[item, view], 3, axis=0).transpose(1, 2, 0)
+            ((top, left),) = places(sheet, flat.repeat(factor, axis=0).repeat(factor, axis=1))
+            assert top == tops[0] == tops[1]
+            assert left > end
+            colour = COLOURS[slot - 1] if slot else REAL
+            assert sheet[top - 1, left - 1].tolist() == np.rint(255 * np.array(to_rgb(colour))).tolist()
+            assert (sheet[top : top + factor * side, left + factor * side + 4] == 255).all()  # no overlap
+            end = left + factor * side
+    with pytest.raises(UserError, match="slot 2"):
+        view_grid(path, replace(batch, slot=batch.slot * 0), names[:2])
 
 
 def test_long_labels_keep_their_two_ends_and_fit() -> None:
