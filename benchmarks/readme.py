@@ -56,6 +56,10 @@ ROWS = {
         "predict_speedup_vs_published_size": "abduct and predict against the published 2 M network",
         "train_speedup_vs_published_size": "a training step against it",
     },
+    "step": {
+        "simclr_step_ratio_vs_lightly": "a step of SimCLR against the same on lightly's parts",
+        "dino_step_ratio_vs_lightly": "a step of DINOv2 against it",
+    },
     "bank_read": {
         "ratio_vs_png_64": "bank against one PNG per view, 64 px, images per second",
         "ratio_vs_memcpy_64": "bank against copying the same images in memory, 64 px",

@@ -212,8 +212,8 @@ def text(entry: dict[str, float]) -> str:
 def protocol(repeats: int) -> dict[str, str]:
     return {
         "step": "forward, backward, AdamW, teacher and centres; the same noise images in memory, CPU time, "
-        f"one thread; {repeats} repeats, ours and theirs first in turn, after a step that is not timed; medians, "
-        "ratios within a repeat",
+        f"one thread; {repeats} repeats, ours and theirs first in turn, after a step that is not timed; "
+        "medians, ratios within a repeat",
         "simclr": f"two views of {SIZE} px, head {HIDDEN}-{OUTPUT} with batch normalisation",
         "dino": f"two views of {SIZE} px and {LOCAL} of {LOCAL_SIZE} px, {PROTOTYPES} prototypes, DINO and "
         "KoLeo, with iBOT on vit_tiny (6 blocks, patches of 8 px)",
