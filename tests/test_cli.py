@@ -128,7 +128,10 @@ def test_schema_is_json(
         (["data.splits={train: 1.0}"], "is empty"),
         (["data.domains={A: 0.5}"], "shares"),
         (["bank.do={scanner: [Z]}"], "bank.do.scanner = 'Z': not among its values A, B, C, D"),
-        (["bank.do=[{scanner: all}, {scanner: [Z], sex: all}]"], "bank.do.scanner = 'Z': not among its"),
+        (
+            ["generator.parents=[scanner, sex]", "bank.do=[{scanner: all}, {scanner: [Z], sex: all}]"],
+            "bank.do.scanner = 'Z': not among its",
+        ),
         (["views.photometric.saturation=0.2"], "photometric.saturation changes colours, which needs 3"),
     ],
 )
