@@ -49,7 +49,9 @@ ROWS = {
         "composition_1": "Morpho-MNIST from 8,000 digits (published: 48,000): composition (published .438)",
         "composition_10": "composition, 10 cycles (published 1.550)",
         "thickness_mae_do_thickness": "error of thickness under do(thickness) (published .086)",
+        "thickness_mae_do_digit": "the same under do(digit) (published .117)",
         "intensity_mae_do_intensity": "error of intensity under do(intensity) (published 3.52)",
+        "intensity_mae_do_digit": "the same under do(digit) (published 2.10)",
         "digit_accuracy_do_digit": "a predictor sees the digit of do(digit) (published .972)",
     },
     "generation_speed": {

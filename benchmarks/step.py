@@ -95,7 +95,7 @@ def theirs(method: str, network: str) -> Step:
     encoder, batch = encoder_of(network), batch_of(method)
     views = [view.contiguous(memory_format=torch.channels_last) for view in batch.images.unbind(1)]
     features = feature_size(encoder)
-    if method == "simclr":
+    if batch.local is None:  # SimCLR
         projector = SimCLRProjectionHead(features, HIDDEN, OUTPUT)
         contrast, model = NTXentLoss(0.1), nn.ModuleList([encoder, projector])
         optimiser = optimiser_of(model)
@@ -107,7 +107,6 @@ def theirs(method: str, network: str) -> Step:
 
         return contrastive
 
-    assert batch.local is not None
     small = [view.contiguous(memory_format=torch.channels_last) for view in batch.local.images.unbind(1)]
     masked = network != "resnet18"
 

@@ -61,23 +61,21 @@ class HVAETask(nn.Module):
         noise = self.network.split_noise(batch.noise)
         prior_context, likelihood_context = self._contexts(context, step)
         inference = self.network.infer(batch.x, context, noise, prior_context, likelihood_context)
-        if self.settings.first_sigma is not None:
-            likelihood = Likelihood(inference.likelihood.mean, self.log_sigma(step, inference.likelihood))
-            inference = replace(inference, likelihood=likelihood)
+        inference = replace(inference, likelihood=self.likelihood(step, inference.likelihood))
         return free_energy(self.network, batch.x, inference, self.beta(step), self.settings)
 
     def beta(self, step: int) -> float:
         warmup = round(self.settings.beta_warmup * self.steps)
         return linear(step, warmup, 0.1 * self.settings.beta, self.settings.beta)
 
-    def log_sigma(self, step: int, last: Likelihood) -> Tensor:
-        """Of a fixed sigma that falls, in equal ratios, from `first_sigma` in the first step to that of the
-        `last` one."""
-        assert self.settings.first_sigma is not None
-        share = linear(step, self.steps - 1, 0.0, 1.0)
-        return torch.lerp(
-            torch.full_like(last.log_sigma, math.log(self.settings.first_sigma)), last.log_sigma, share
-        )
+    def likelihood(self, step: int, last: Likelihood) -> Likelihood:
+        """`last` with the sigma of this step: a fixed one may fall in equal ratios from `first_sigma` in the
+        first step to that of `last` in the last one."""
+        first = self.settings.first_sigma
+        if first is None:
+            return last
+        start = torch.full_like(last.log_sigma, math.log(first))
+        return Likelihood(last.mean, start.lerp(last.log_sigma, linear(step, self.steps - 1, 0.0, 1.0)))
 
     def after_step(self, step: int) -> None:
         average_weights(self.averaged, self.network, self.settings.ema, step)
