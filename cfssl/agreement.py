@@ -231,7 +231,8 @@ def measure_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
 
 
 def area_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
-    """Areas that are intervened on without anything that could measure them."""
+    """Areas that are intervened on without anything that could measure them, or that an audit would take for
+    areas that are to stay."""
     if recipe.generator is None:
         return []
     found = []
@@ -253,6 +254,12 @@ def area_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
                 f"audit.segmentor.structures lacks {', '.join(missing)}, on which areas of the generator are "
                 f"measured; bank.do sets {', '.join(areas)}"
             )
+        for joint in recipe.bank.interventions:
+            if len(together := [name for name in joint if name in table.areas]) > 1:
+                found.append(
+                    f"bank.do sets {' and '.join(together)} together, and an audit follows one area at a "
+                    "time; set them one by one, or remove audit"
+                )
     return found
 
 

@@ -133,19 +133,21 @@ GUIDED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
-    """With a mask whose area is an attribute."""
+    """With a mask whose area is an attribute, under two names."""
     rng = np.random.default_rng(0)
     masks = (rng.random((90, 1, 32, 32)) < 0.3).astype(np.uint8)
     area = 100 * masks.mean((1, 2, 3))
     ages = np.linspace(20, 80, 90)
     frame = pd.DataFrame({"grade": grades(), "split": SPLIT, "age": ages, "lung_area": area})
+    frame["again_area"] = area
     attributes = {
         "grade": Attribute("grade", "categorical", GRADES),
         "age": Attribute("age", "continuous"),
         "lung_area": Attribute("lung_area", "continuous"),
+        "again_area": Attribute("again_area", "continuous"),
     }
     images = rng.integers(0, 256, (90, 1, 32, 32), dtype=np.uint8)
-    areas = {"lung_area": AreaSpec("lung", "whole", "whole")}
+    areas = dict.fromkeys(("lung_area", "again_area"), AreaSpec("lung", "whole", "whole"))
     folder = tmp_path_factory.mktemp("measured") / "t"
     return save_prepared(folder, "toy", frame, attributes, images, masks, ("lung",), areas=areas)
 
@@ -185,6 +187,16 @@ def guided(**changes: Any) -> Recipe:
         ),
         ({"finetune__do": ["grade"]}, "finetune.rules[1]: finetune rule pos_seg measures areas, and none of"),
         ({"audit__segmentor": None}, "audit.segmentor.structures lacks lung"),
+        (
+            {
+                "generator__parents": ["grade", "lung_area", "again_area"],
+                "bank__do": [
+                    {"grade": ["mild"], "lung_area": [20.0]},
+                    {"lung_area": [20.0], "again_area": [20.0]},
+                ],
+            },
+            "bank.do sets lung_area and again_area together, and an audit follows one area at a time",
+        ),
     ],
 )
 def test_guides_and_judges_that_cannot_work_are_refused(
