@@ -35,6 +35,7 @@ from cfssl.objectives.teacher import (
     Teacher,
     entropies,
     patches_cross_entropy,
+    running_statistics_held,
     sinkhorn_targets,
     softmax_targets,
     views_cross_entropy,
@@ -155,7 +156,9 @@ class DINOv2(nn.Module):
         features = by_view(pooled, count)  # (2, B, F)
         seen = [features]
         if batch.local is not None:
-            seen.append(by_view(self.student(stacked(batch.local.images)), count))
+            # Small crops have statistics of their own; the encoder is used on whole images.
+            with running_statistics_held(self.student):
+                seen.append(by_view(self.student(stacked(batch.local.images)), count))
         logits = self.heads["dino_head"](torch.cat(seen))  # (2 + L, B, K)
         patch_logits = self._patch_head(self.heads)(patches)  # (N, K)
 

@@ -6,38 +6,58 @@ Everything that moves outside the optimiser moves once per optimiser step, from 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import distributed, nn
 
 SINKHORN_ITERATIONS = 3
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class Teacher(nn.ModuleDict):
-    """Networks by name, started from a student's of the same names and moved by `follow` alone; always in
-    eval mode, never trained by gradients."""
+    """Networks by name, started from a student's of the same names and moved by `follow` alone; never trained
+    by gradients. In training, too, all of it is in eval mode but its batch normalisation, which takes the
+    statistics of what it is given (Caron et al. 2021, Grill et al. 2020): those that a student has gathered
+    fit neither the teacher's weights nor, after local views, any of its images."""
 
     def __init__(self, copies: Mapping[str, nn.Module], students: Mapping[str, nn.Module]) -> None:
         """`copies`: networks of the same shapes, whatever their weights."""
         super().__init__(copies)
         for name, student in students.items():
             self[name].load_state_dict(student.state_dict())
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False).train()
 
     def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.train(mode)
+        return self
 
     @torch.no_grad()
     def follow(self, students: Mapping[str, nn.Module], momentum: float) -> None:
-        """weights <- momentum * weights + (1 - momentum) * student's; batch statistics are the student's own,
-        which an average would lag behind."""
+        """weights <- momentum * weights + (1 - momentum) * student's."""
         from lightly.models.utils import update_momentum
 
         for name, student in students.items():
             update_momentum(student, self[name], momentum)
-            for buffer, source in zip(self[name].buffers(), student.buffers(), strict=True):
-                buffer.copy_(source)
+
+
+@contextmanager
+def running_statistics_held(network: nn.Module) -> Iterator[None]:
+    """Inside, batches are normalised by their own statistics as ever, but leave no trace in the running ones,
+    which an encoder is used with afterwards."""
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class Centre(nn.Module):

@@ -19,7 +19,15 @@ from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
 from cfssl.models.backbone import BackboneSettings, create_backbone
 from cfssl.models.export import export_encoder
-from cfssl.objectives.dinov2 import DINOv2, DINOv2Settings, block_masks, default_prototypes, encoded, masked
+from cfssl.objectives.dinov2 import (
+    DINOv2,
+    DINOv2Settings,
+    block_masks,
+    default_prototypes,
+    encoded,
+    masked,
+    stacked,
+)
 from cfssl.seeds import torch_generator
 
 CPU = HardwareSettings(accelerator="cpu")
@@ -273,12 +281,22 @@ def test_convolutional_encoders_learn_without_patches_and_are_refused_with_them(
     task = train(task_of(settings, "test_resnet"), tmp_path)
     assert "ibot" not in read_metrics(tmp_path / "metrics.jsonl")[0]
     assert not torch.equal(task.student.conv1[0].weight, encoder("test_resnet").conv1[0].weight)
-    found = task.teacher["encoder"].state_dict()
-    buffers = dict(task.student.named_buffers())
-    assert buffers
-    assert all(torch.equal(found[name], value) for name, value in buffers.items())
     with pytest.raises(UserError, match=r"ibot_weight is 1\.0, but ResNet has no patch tokens to mask"):
         task_of(SMALL, "test_resnet")
+
+
+def test_running_statistics_are_those_of_the_global_views() -> None:
+    settings = dataclasses.replace(SMALL, ibot_weight=0.0)
+    task, alone = task_of(settings, "test_resnet"), encoder("test_resnet").train()
+    batch = batch_at(0)
+    assert batch.local is not None
+    task(batch, 0)
+    alone(stacked(batch.images))
+    for network in (task.student, task.teacher["encoder"]):
+        found = dict(network.named_buffers())
+        for name, expected in alone.named_buffers():
+            if "running" in name:
+                assert torch.equal(found[name], expected), name
 
 
 def test_views_of_one_size_need_no_local_ones() -> None:

@@ -11,6 +11,7 @@ from cfssl.objectives.teacher import (
     Teacher,
     entropies,
     patches_cross_entropy,
+    running_statistics_held,
     sinkhorn_targets,
     softmax_targets,
     views_cross_entropy,
@@ -128,26 +129,46 @@ def network(seed: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
 
 
-def test_a_teacher_starts_as_its_student_and_follows_by_the_momentum_with_its_batch_statistics() -> None:
+def test_a_teacher_starts_as_its_student_and_follows_by_the_momentum() -> None:
     student = network(0)
     teacher = Teacher({"net": network(1)}, {"net": student})
     start = {name: value.clone() for name, value in student.state_dict().items()}
     assert all(torch.equal(value, start[name]) for name, value in teacher["net"].state_dict().items())
-    student(torch.rand(8, 1, 8, 8, generator=GENERATOR))  # moves the batch statistics
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 1
     teacher.follow({"net": student}, 0.75)
-    now = student.state_dict()
-    for name, value in teacher["net"].state_dict().items():
-        is_buffer = "running" in name or "tracked" in name
-        expected = now[name] if is_buffer else 0.75 * start[name] + 0.25 * now[name]
-        torch.testing.assert_close(value, expected)
-    assert not torch.equal(now["1.running_mean"], start["1.running_mean"])
+    now = dict(student.named_parameters())
+    for name, value in teacher["net"].named_parameters():
+        torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * now[name])
 
 
-def test_a_teacher_stays_in_eval_mode_and_is_never_trained() -> None:
+def test_a_teacher_normalises_by_the_batch_and_drops_nothing() -> None:
+    student = network(0)
+    teacher = Teacher({"net": network(1)}, {"net": student})
+    student(100 * torch.rand(8, 1, 8, 8, generator=GENERATOR))  # moves the student's running statistics
+    teacher.follow({"net": student}, 0.9)
+    images = torch.rand(8, 1, 8, 8, generator=GENERATOR)
+    said = teacher["net"](images)
+    torch.testing.assert_close(said.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(said.std((0, 2, 3), correction=0), torch.ones(4), atol=0.01, rtol=0)
+    assert torch.equal(teacher["net"](images), said)
+
+
+def test_a_teacher_is_never_trained() -> None:
     holder = nn.ModuleDict({"teacher": Teacher({"net": network(1)}, {"net": network(0)})}).train()
     assert holder.training
-    assert not any(module.training for module in holder["teacher"].modules())
+    training = {name for name, module in holder["teacher"].named_modules() if module.training}
+    assert training == {"net.1"}  # the batch normalisation
     assert not any(parameter.requires_grad for parameter in holder.parameters())
+
+
+def test_held_running_statistics_are_not_moved_by_what_is_normalised_alike() -> None:
+    net, images = network(0)[:2].train(), torch.rand(8, 1, 8, 8, generator=GENERATOR)
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    with running_statistics_held(net):
+        held = net(images)
+    assert torch.equal(net[1].running_mean, before["1.running_mean"])
+    assert torch.equal(net[1].running_var, before["1.running_var"])
+    assert torch.equal(net(images), held)
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
