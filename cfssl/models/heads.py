@@ -25,15 +25,16 @@ def lightly_head(kind: str, seed: int, name: str, *sizes: int, **options: bool |
 
 
 def dino_head(
-    features: int, hidden: int, bottleneck: int, prototypes: int, seed: int, name: str
+    features: int, hidden: int, bottleneck: int, prototypes: int, batch_norm: bool, seed: int, name: str
 ) -> nn.Module:
-    """(..., features) -> (..., prototypes): three layers, normalised to length 1, and the weight-normalised
-    `last_layer` of the prototypes (Caron et al. 2021, appendix C)."""
+    """(N, features) -> (N, prototypes): three layers, normalised to length 1, and the weight-normalised
+    `last_layer` of the prototypes (Caron et al. 2021, appendix C); `batch_norm` follows the first two."""
     from lightly.models.modules import DINOv2ProjectionHead
 
+    sizes = features, hidden, bottleneck, prototypes
     with warnings.catch_warnings():  # its weight normalisation is deprecated in torch
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*weight_norm")
-        return seeded(lambda: DINOv2ProjectionHead(features, hidden, bottleneck, prototypes), seed, name)
+        return seeded(lambda: DINOv2ProjectionHead(*sizes, batch_norm), seed, name)
 
 
 def linear_head(features: int, classes: int, seed: int) -> nn.Module:

@@ -49,17 +49,19 @@ VIEWS = 2  # global ones
 @dataclass(frozen=True, config=STRICT)
 class DINOv2Settings:
     """`prototypes`: K, None for a number that follows that of the training images; `hidden` and `bottleneck`:
-    widths of the heads; `shared_head`: one for both losses. `centring`: how the teacher's logits become
-    targets. The teacher's temperature rises linearly to `teacher_temperature` over the share
-    `temperature_warmup` of all steps, its `momentum` by half a cosine to 1, and the prototypes stand still
-    for the share `freeze_last_layer`. A view is masked with `mask_probability`, on a share of its patches
-    drawn from `mask_ratio`."""
+    widths of the heads; `shared_head`: one for both losses; `batch_norm`: in the head of the class tokens,
+    for small batches of convolutional encoders. `centring`: how the teacher's logits become targets. The
+    teacher's temperature rises linearly to `teacher_temperature` over the share `temperature_warmup` of all
+    steps, its `momentum` by half a cosine to 1, and the prototypes stand still for the share
+    `freeze_last_layer`. A view is masked with `mask_probability`, on a share of its patches drawn from
+    `mask_ratio`."""
 
     name: Literal["dinov2"] = "dinov2"
     prototypes: Annotated[int, Field(ge=2)] | None = None
     hidden: Count = 2048
     bottleneck: Count = 256
     shared_head: bool = False
+    batch_norm: bool = False
     dino_weight: NonNegative = 1.0
     ibot_weight: NonNegative = 1.0
     koleo_weight: NonNegative = 0.1
@@ -77,6 +79,9 @@ class DINOv2Settings:
     def __post_init__(self) -> None:
         if not self.dino_weight + self.ibot_weight:
             raise ValueError("dino_weight and ibot_weight are both 0; give one of them a weight above 0")
+        # A batch may hold one masked patch or none, which have no statistics.
+        if self.batch_norm and self.shared_head and self.ibot_weight:
+            raise ValueError("batch_norm is for a head of class tokens alone; set shared_head: false")
 
 
 def default_prototypes(images: int) -> int:
@@ -117,7 +122,9 @@ class DINOv2(nn.Module):
         features = feature_size(encoder)
 
         def head(name: str) -> nn.Module:
-            return dino_head(features, settings.hidden, settings.bottleneck, self.prototypes, seed, name)
+            batch_norm = settings.batch_norm and name == "dino_head"
+            sizes = features, settings.hidden, settings.bottleneck, self.prototypes
+            return dino_head(*sizes, batch_norm, seed, name)
 
         names = ["dino_head"]
         if settings.ibot_weight:
@@ -146,8 +153,8 @@ class DINOv2(nn.Module):
 
         with torch.no_grad():
             pooled, patches = encoded(self.teacher["encoder"], images, places)
-            teacher_logits = self.teacher["dino_head"](by_view(pooled, count))
-            teacher_patches = self._patch_head(self.teacher)(patches)
+            teacher_logits = self.teacher["dino_head"](by_view(pooled, count).flatten(0, 1))  # (2B, K)
+            teacher_patches = self._patch_logits(self.teacher, patches)
         if masks is not None:
             with masked(self.student, masks.to(images.device), self.mask_token):
                 pooled, patches = encoded(self.student, images, places)
@@ -159,11 +166,12 @@ class DINOv2(nn.Module):
             # Small crops have statistics of their own; the encoder is used on whole images.
             with running_statistics_held(self.student):
                 seen.append(by_view(self.student(stacked(batch.local.images)), count))
-        logits = self.heads["dino_head"](torch.cat(seen))  # (2 + L, B, K)
-        patch_logits = self._patch_head(self.heads)(patches)  # (N, K)
+        logits = self.heads["dino_head"](torch.cat(seen).flatten(0, 1))
+        logits = logits.unflatten(0, (-1, count))  # (2 + L, B, K)
+        patch_logits = self._patch_logits(self.heads, patches)
 
         with torch.autocast(images.device.type, enabled=False):
-            targets = self.targets(teacher_logits.float().flatten(0, 1), self.dino_centre, temperature)
+            targets = self.targets(teacher_logits.float(), self.dino_centre, temperature)
             targets = targets.unflatten(0, (VIEWS, count))
             parts = {"dino": views_cross_entropy(targets, logits.float(), settings.student_temperature)}
             loss = settings.dino_weight * parts["dino"]
@@ -218,8 +226,11 @@ class DINOv2(nn.Module):
         self.dino_centre.move()
         self.ibot_centre.move()
 
-    def _patch_head(self, heads: nn.ModuleDict) -> nn.Module:
-        return heads["ibot_head"] if "ibot_head" in heads else heads["dino_head"]
+    def _patch_logits(self, heads: nn.ModuleDict, patches: torch.Tensor) -> torch.Tensor:
+        """Of patch tokens (N, F): (N, K). Without iBOT there are none, and nothing that would take them."""
+        if not self.settings.ibot_weight:
+            return patches
+        return heads["ibot_head" if "ibot_head" in heads else "dino_head"](patches)
 
 
 def stacked(images: torch.Tensor) -> torch.Tensor:

@@ -83,15 +83,14 @@ def moved(task: DINOv2) -> DINOv2:
     return task
 
 
-@pytest.mark.parametrize("shared_head", [False, True])
+@pytest.mark.parametrize(("shared_head", "batch_norm"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("step", [0, 2, 5])
-def test_the_loss_is_that_of_lightlys_parts(shared_head: bool, step: int) -> None:
+def test_the_loss_is_that_of_lightlys_parts(shared_head: bool, batch_norm: bool, step: int) -> None:
     from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
     from lightly.models.modules import MaskedVisionTransformerTIMM
 
-    settings = dataclasses.replace(
-        SMALL, shared_head=shared_head, dino_weight=0.7, ibot_weight=1.3, koleo_weight=0.2
-    )
+    weights = {"dino_weight": 0.7, "ibot_weight": 1.3, "koleo_weight": 0.2}
+    settings = dataclasses.replace(SMALL, shared_head=shared_head, batch_norm=batch_norm, **weights)
     task, batch = moved(task_of(settings)), batch_at(step)
     dino, ibot = DINOLoss(24), IBOTPatchLoss(24)
     dino.center += task.dino_centre.value
@@ -113,10 +112,11 @@ def test_the_loss_is_that_of_lightlys_parts(shared_head: bool, step: int) -> Non
         teacher = vit(task.teacher["encoder"]).encode(images)
         heads, teachers = task.heads, task.teacher
         name = "dino_head" if shared_head else "ibot_head"
-        local = [heads["dino_head"](task.student(batch.local.images[:, view])) for view in range(4)]
-        seen = [heads["dino_head"](student[view::2, 0]) for view in range(2)] + local
-        said = [teachers["dino_head"](teacher[view::2, 0]) for view in range(2)]
-        expected = {"dino": dino(said, seen, teacher_temp=temperature)}
+        assert any("BatchNorm" in type(part).__name__ for part in heads.modules()) == batch_norm
+        local = [task.student(batch.local.images[:, view]) for view in range(4)]
+        seen = heads["dino_head"](torch.cat([student[0::2, 0], student[1::2, 0], *local])).chunk(6)
+        said = teachers["dino_head"](torch.cat([teacher[0::2, 0], teacher[1::2, 0]])).chunk(2)
+        expected = {"dino": dino(list(said), list(seen), teacher_temp=temperature)}
         expected["ibot"] = ibot(
             teachers[name](teacher[:, 3:][masks]),
             heads[name](student[:, 3:][masks]),
@@ -312,6 +312,15 @@ def test_prototypes_follow_the_number_of_images_unless_they_are_set() -> None:
     assert task_of(dataclasses.replace(SMALL, prototypes=None)).prototypes == 128
     with pytest.raises(ValueError, match="both 0"):
         DINOv2Settings(dino_weight=0, ibot_weight=0)
+
+
+def test_a_head_that_masked_patches_pass_through_has_no_batch_statistics() -> None:
+    settings = dataclasses.replace(SMALL, batch_norm=True, mask_probability=0.0)
+    assert all(value.isfinite() for value in task_of(settings)(batch_at(0), 0).values())
+    with pytest.raises(ValueError, match="set shared_head: false"):
+        dataclasses.replace(settings, shared_head=True)
+    alone = dataclasses.replace(settings, shared_head=True, ibot_weight=0.0)
+    assert task_of(alone, "test_resnet")(batch_at(0), 0)["loss"].isfinite()
 
 
 def test_what_is_exported_is_a_plain_timm_model_with_the_students_features(tmp_path: Path) -> None:
