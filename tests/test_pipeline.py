@@ -407,6 +407,28 @@ def test_the_oracle_of_a_recipe_knows_what_follows_from_an_intervention(tmp_path
     np.testing.assert_array_equal(stored, truth.counterfactual(rows, followed))
 
 
+def test_every_joint_intervention_of_an_oracles_bank_is_the_worlds_own(tmp_path: Path) -> None:
+    made = job(
+        tmp_path / "runs",
+        generator={"name": "oracle", "parents": ["scanner", "sex"]},
+        bank={"do": [{"scanner": "all", "sex": "all"}]},
+        views={"counterfactual": None},
+        evaluate=[],
+    )
+    bank, truth, attributes = made.generation.bank, made.table.truth, made.table.attributes
+    assert truth is not None
+    codes = {name: attributes[name].categories for name in ("scanner", "sex")}
+    assert len(bank.views) == 8
+    for slot, view in enumerate(bank.views, start=1):
+        assert view.keys() == codes.keys()
+        items = np.flatnonzero(bank.available[:, slot])
+        do = {name: torch.full((len(items),), codes[name].index(view[name])) for name in codes}
+        stored = bank.gather(items, np.full((len(items), 1), slot))[:, 0]
+        np.testing.assert_array_equal(stored, truth.counterfactual(bank.rows[items], do))
+    # Of the eight, only what the patient has already is not made.
+    assert bank.available[:, 1:].sum(1).tolist() == [7] * len(bank)
+
+
 def test_a_bank_that_lost_a_shard_is_named_and_mended(done: Pipeline, tmp_path: Path) -> None:
     shutil.copytree(done.runs, tmp_path / "runs")
     broken = job(tmp_path / "runs")
