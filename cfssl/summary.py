@@ -22,8 +22,10 @@ from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
 from cfssl.sheets import audited_sheet, bank_sheet
 from cfssl.visualise.audit import write_audit
+from cfssl.visualise.cells import MINUS, titled
 from cfssl.visualise.curves import training_curves
-from cfssl.visualise.report import MINUS, Arm, Picture, Report, titled, write_report
+from cfssl.visualise.evaluation_tables import Arm
+from cfssl.visualise.report import Picture, Report, write_report
 
 
 def report_of(job: Pipeline) -> Path:

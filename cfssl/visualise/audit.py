@@ -20,7 +20,8 @@ from cfssl.visualise.audit_figures import (
     sharpness_plot,
     unrelated_discrete,
 )
-from cfssl.visualise.report import DASH, Cell, Picture, Report, Table, figure, number, write_report
+from cfssl.visualise.cells import DASH, Cell, Table, figure, number
+from cfssl.visualise.report import Picture, Report, write_report
 
 
 def write_audit(

@@ -20,8 +20,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from cfssl.files import atomic_path
 from cfssl.visualise import COLOURS
+from cfssl.visualise.cells import DASH, figure
 from cfssl.visualise.layout import INK
-from cfssl.visualise.report import DASH, figure
 
 RELATIONS = {"intervened": COLOURS[0], "descendant": COLOURS[2], "unrelated": "#98a2ad"}
 MARK, DISTANCE = COLOURS[1], COLOURS[5]

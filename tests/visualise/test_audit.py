@@ -27,7 +27,7 @@ from cfssl.visualise.audit_figures import (
     sharpness_plot,
     unrelated_discrete,
 )
-from cfssl.visualise.report import Cell, Table
+from cfssl.visualise.cells import Cell, Table
 
 GRAPH = CausalGraph({"finding": ["age"]}, ("age", "sex$_{", "finding"), ("sex$_{", "finding"))
 NAMES = ("sex$_{", "finding")

@@ -13,7 +13,8 @@ from PIL import Image
 
 from cfssl.errors import UserError
 from cfssl.evaluate.groups import paired_difference, report
-from cfssl.visualise.report import Arm, Picture, Report, write_report
+from cfssl.visualise.evaluation_tables import Arm
+from cfssl.visualise.report import Picture, Report, write_report
 
 VOID = {"meta", "img", "line", "rect", "br", "link", "input", "hr"}
 METRICS = ("auc", "macro_f1")
