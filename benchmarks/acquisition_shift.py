@@ -50,8 +50,11 @@ SOURCES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias")
 JUDGE_SEED = 100  # the independent predictor: other weights, order and looks than anything it judges
 HAM_EPOCHS = 24
 # The DINO of the phantom's recipe, not chosen anew: an objective of its own over the recipes of SimCLR.
-DINO_SETTINGS = read_layers(RECIPES / "phantom_dino.yaml")["objective"]
-HAM_DINO = (f"objective={DINO_SETTINGS}", "train.warmup=0.1", "train.clip=3.0")
+DINO = read_layers(RECIPES / "phantom_dino.yaml")
+HAM_DINO = (
+    f"objective={DINO['objective']}",
+    *(f"train.{key}={DINO['train'][key]}" for key in ("warmup", "clip")),
+)
 PLUS = ("views.counterfactual.view=all", "views.counterfactual.shared=true")
 SUPERVISED = (
     "name=phantom-supervised",

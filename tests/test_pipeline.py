@@ -416,7 +416,6 @@ def test_every_joint_intervention_of_an_oracles_bank_is_the_worlds_own(tmp_path:
         evaluate=[],
     )
     bank, truth, attributes = made.generation.bank, made.table.truth, made.table.attributes
-    assert truth is not None
     codes = {name: attributes[name].categories for name in ("scanner", "sex")}
     assert len(bank.views) == 8
     for slot, view in enumerate(bank.views, start=1):
