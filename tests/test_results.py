@@ -30,19 +30,18 @@ def test_every_result_names_its_script_machine_protocol_and_seeds(path: Path) ->
             assert figure["low"] <= figure["value"] <= figure["high"], name
 
 
-WORLDS = ("oracle", "hvae")
-SOURCES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias")
+OBJECTIVES, BANKS = ("simclr", "dino"), ("oracle", "hvae")
 QUALITY = {
     "acquisition_shift": [
         *(
-            f"phantom_{world}_{kind}_{where}"
-            for world in WORLDS
-            for kind in ("gain", "over_plus")
-            for where in ("rare", "major")
+            f"{objective}_{bank}_{figure}{labels}"
+            for objective in OBJECTIVES
+            for bank in BANKS
+            for figure in ("gain_rare", "gain_major", "over_plus_rare", "over_plus_major", "gap_change")
+            for labels in ("_1_percent", "", "_100_percent")
         ),
-        *(f"phantom_{arm}_auc_{scanner}" for arm in ("simclr", "supervised") for scanner in "ABCD"),
-        *(f"ham_gain_{source}" for source in SOURCES),
-        "ham_gain_worst",
+        *(f"phantom_{arm}_auc_{scanner}" for arm in (*OBJECTIVES, "supervised") for scanner in "ABCD"),
+        *(f"{objective}_ham_gain_{where}" for objective in OBJECTIVES for where in ("worst", "all_sources")),
         "hvae_scanner_effectiveness",
         "hvae_l1_ratio",
     ],
