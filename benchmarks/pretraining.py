@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from record import figure, markdown_table, with_interval
 
-from cfssl.evaluate.groups import paired_gap, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.groups import MISSING, paired_gap, paired_mean_of_groups, paired_worst_group
 from cfssl.files import read_json
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
@@ -159,7 +159,7 @@ class Trials:
         return figure(*points, unit="AUC points", seeds=[100 * value for value in found["seeds"]])
 
     def auc(self, arm: Arm, by: str, fraction: float = 1.0, evaluation: int = 0) -> dict[str, list[float]]:
-        """Per group: one AUC per seed."""
+        """Per group: one AUC per seed. Rows without a label are no group."""
         table: dict[str, list[float]] = {}
         for seed in self.seeds:
             job = self.jobs[(*arm, seed)]
@@ -171,7 +171,8 @@ class Trials:
                 and entry["protocol"]["label_fraction"] == fraction
             )
             for group, row in result["groups"][by]["table"].items():
-                table.setdefault(group, []).append(row["auc"]["value"])
+                if group != MISSING:
+                    table.setdefault(group, []).append(row["auc"]["value"])
         return table
 
     def auc_table(self, shown: Mapping[str, Arm], by: str, fraction: float = 1.0, evaluation: int = 0) -> str:

@@ -35,6 +35,22 @@ ROWS = {
             }.items()
         },
     },
+    "bank_quality": {
+        "gain_oracle": "CF-SimCLR minus SimCLR, all scanners, all labels, true counterfactuals",
+        "gain_oracle_gated": "the same bank behind a gate",
+        "gain_good": "with the HVAE",
+        "gain_poor": "with a poor HVAE (one epoch)",
+        "gain_wrong_domain": "with an HVAE of a hospital where scanner and disease are tied",
+        "harmful_banks": "banks that hurt",
+        "rejected_poor": "views of the poor bank that the gate rejects",
+        "rejected_wrong_domain": "views of the other hospital's bank that it rejects",
+    },
+    "subgroup": {
+        "phantom_disparity_change": "gap between the sexes, CF-SimCLR with sexes by HVAE minus SimCLR",
+        "phantom_accuracy_change": "mean of the sexes, the same",
+        "phantom_oracle_disparity_change": "gap, with true counterfactuals of sex",
+        "ham_disparity_change": "gap on HAM10000",
+    },
     "amplification": {
         f"{world}_{name}": words.format(world)
         for world in ("digits", "chest")

@@ -31,6 +31,7 @@ def test_every_result_names_its_script_machine_protocol_and_seeds(path: Path) ->
 
 
 OBJECTIVES, BANKS = ("simclr", "dino"), ("oracle", "hvae")
+QUALITIES = ("oracle", "good", "poor", "wrong_domain")
 QUALITY = {
     "acquisition_shift": [
         *(
@@ -44,6 +45,16 @@ QUALITY = {
         *(f"{objective}_ham_gain_{where}" for objective in OBJECTIVES for where in ("worst", "all_sources")),
         "hvae_scanner_effectiveness",
         "hvae_l1_ratio",
+    ],
+    "bank_quality": [
+        *(f"gain_{bank}{gated}" for bank in QUALITIES for gated in ("", "_gated")),
+        *(f"rejected_{bank}" for bank in QUALITIES),
+    ],
+    "subgroup": [
+        f"{world}_{figure}{labels}"
+        for world, sexes in {"phantom": "FM", "phantom_oracle": "FM", "ham": ("female", "male")}.items()
+        for figure in ("disparity_change", "accuracy_change", *(f"gain_{sex}" for sex in sexes))
+        for labels in ("", "_10_percent")
     ],
     "morphomnist_axioms": [
         "composition_1",
