@@ -157,7 +157,11 @@ def bank_problems(recipe: Recipe) -> list[str]:
     """Of what views ask for."""
     found, plan = [], recipe.views.counterfactual
     sets = [sorted(joint) for joint in recipe.bank.interventions]
-    if plan is not None and sorted(plan.variables) not in sets:
+    if plan is not None and plan.variable is None and not sets:
+        found.append(
+            "views.counterfactual shows every do() of the bank, but bank.do is empty; name what to do"
+        )
+    elif plan is not None and plan.variable is not None and sorted(plan.variables) not in sets:
         alone = isinstance(plan.variable, str)
         wanted = plan.variable if alone else list(plan.variables)
         does = sets if isinstance(recipe.bank.do, tuple) else sorted(recipe.bank.do)

@@ -215,6 +215,7 @@ ALONG = {  # what has to change with it
     "generator.conditioning_dropout": {"generator.prior": "mediator"},
     "generator.first_sigma": {"generator.sigma": "fixed"},
     "views.count": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
+    "views.counterfactual.distinct": {"views.counterfactual.shared": False},
     "views.intensity.shared": {"views.intensity.view": "all"},
 }
 NAMED = "data", "generator", "generator.network", "objective", "external.near", "external.far"

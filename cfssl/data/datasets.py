@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cfssl.data.morphomnist import morphomnist_state, prepare_morphomnist
-from cfssl.data.phantoms.chest import ChestWorld
+from cfssl.data.phantoms.chest import SILVER, ChestWorld, silver_masks
 from cfssl.data.phantoms.tube import TubeWorld
 from cfssl.data.phantoms.world import SPLIT_SHARES, WorldTruth, build_world
 from cfssl.data.prepare import changed_files, plain, prepare, save_prepared, source_state
@@ -34,7 +34,8 @@ COMPARED = 10_000  # files compared at every opening; `cfssl check` compares all
 @dataclass(frozen=True, config=STRICT)
 class PhantomChestSettings:
     """Chest radiographs with a known causal model; see data/phantoms/chest.py. `splits`: shares of
-    `count`."""
+    `count`. `silver`: the table also has the masks of a segmenter that was trained on healthy lungs, called
+    `silver_left_lung` and `silver_right_lung`."""
 
     name: Literal["phantom_chest"] = "phantom_chest"
     size: Literal[64, 128] = 64
@@ -44,6 +45,7 @@ class PhantomChestSettings:
     balanced_test: bool = True
     women: Probability = 0.5
     sex_effect: Probability = 0.0
+    silver: bool = False
     splits: dict[str, Probability] = Field(default_factory=lambda: dict(SPLIT_SHARES))
     seed: int = 0
 
@@ -178,6 +180,10 @@ def _prepare(settings: DataSettings, folder: Path, quiet: bool) -> ImageTable:
             return prepare(settings.source, folder, progress=progress)
         world = settings.world
         frame, images, masks, _ = build_world(world, settings.count, settings.seed, settings.splits)
+        mask_names = world.mask_names
+        if isinstance(settings, PhantomChestSettings) and settings.silver:
+            masks = np.concatenate([masks, silver_masks(masks)], axis=1)
+            mask_names = (*mask_names, *SILVER)
         return save_prepared(
             folder,
             world.name,
@@ -185,7 +191,7 @@ def _prepare(settings: DataSettings, folder: Path, quiet: bool) -> ImageTable:
             world.attributes,
             images,
             masks,
-            world.mask_names,
+            mask_names,
             group="patient",
             areas=world.areas,
             progress=progress,

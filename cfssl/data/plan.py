@@ -22,6 +22,11 @@ intensity would: B is the real image, seen through a random tone curve that know
 p = 1 - 1/D with a uniform target makes the marginal domain of the counterfactual view uniform ("balanced").
 D counts the categories of the attribute, of several attributes that are set together (`variable: [scanner,
 sex]`) their combinations, and the bank has to hold all of them.
+
+Dense methods (Lafargue-Hauret et al. 2026) show the real image in view 0 and each of its counterfactuals
+once in the others: `{view: [1, 2, 3], distinct: true, probability: 1, variable: null}`, where null stands for
+every do() of the bank, there of the scanner, the disease and both. With two views, `{variable: null,
+probability: 1}` shows one of them at random, and there are as many views as without counterfactuals.
 """
 
 import itertools
@@ -56,20 +61,31 @@ Views = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class CounterfactualPlan:
-    """`variable`: the attribute intervened on, or several that are set together. `view`: which views are
-    counterfactual, by their numbers, or "second_half" of the global and of the local ones, or "all".
+    """`variable`: the attribute intervened on, several that are set together, or null for every do() of the
+    bank. `view`: which views are counterfactual, by their numbers, or "second_half" of the global and of the
+    local ones, or "all".
     `probability`: of being so, or "balanced" = 1 - 1/D for a uniform target. `target`: "uniform" over the
     other values; "rare", by 1 / (number of training rows with the value); or weights by value, of several
     variables by variable and value, which are multiplied. The own value is always excluded, the rest
-    renormalised. `shared`: all named views show the same image; otherwise each draws its own target."""
+    renormalised. `shared`: all named views show the same image; otherwise each draws its own target, and with
+    `distinct` one that no other view of its size has: where an item has fewer than views, the last show
+    its real image."""
 
-    variable: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    variable: str | Annotated[tuple[str, ...], Field(min_length=1)] | None
     view: Views = "second_half"
     probability: Probability | Literal["balanced"] = "balanced"
     target: Literal["uniform", "rare"] | dict[str, NonNegative | dict[str, NonNegative]] = "uniform"
     shared: bool = False
+    distinct: bool = False
 
     def __post_init__(self) -> None:
+        if self.shared and self.distinct:
+            raise ValueError("shared shows one image in all views and distinct another in each; choose one")
+        if self.variable is None and (self.target != "uniform" or self.probability == "balanced"):
+            raise ValueError(
+                "variable is null, which knows no values to weigh or to balance; leave target uniform and "
+                "give probability a number"
+            )
         if len(set(self.variables)) < len(self.variables):
             raise ValueError(f"variable is {list(self.variables)}; name each once")
         if self.target == "uniform":
@@ -93,8 +109,8 @@ class CounterfactualPlan:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """What is set together."""
-        return (self.variable,) if isinstance(self.variable, str) else self.variable
+        """What is set together; nothing where it is every do() of the bank."""
+        return (self.variable,) if isinstance(self.variable, str) else self.variable or ()
 
     @property
     def weights(self) -> Mapping[str, Mapping[str, float]]:
@@ -108,6 +124,13 @@ class CounterfactualPlan:
 
         Raises `UserError` when there is none.
         """
+        if self.variable is None:
+            if not views:
+                raise UserError(
+                    "The view plan shows every do() of the bank, which holds real images only; name what to "
+                    "intervene on in bank.do, or set views.counterfactual: null."
+                )
+            return {slot: tuple(map(str, view.values())) for slot, view in enumerate(views, 1)}
         found = {
             slot: tuple(str(view[name]) for name in self.variables)
             for slot, view in enumerate(views, 1)
@@ -146,6 +169,8 @@ class CounterfactualPlan:
 
         Raises `UserError` for values that the bank does not hold, and where "rare" has nothing to count.
         """
+        if self.variable is None:
+            return np.ones(len(held))
         if self.target == "rare":
             if not domains:
                 raise UserError(
@@ -178,9 +203,9 @@ class CounterfactualPlan:
 
 def domain_counts(table: ImageTable, variables: Sequence[str], rows: np.ndarray) -> dict[Domain, int]:
     """How many of `rows` have each combination of categories of the variables, 0 for those that none has;
-    nothing where one of them is continuous."""
+    nothing where one of them is continuous or there is none."""
     categories = [table.attributes[name].categories for name in variables]
-    if not all(categories):
+    if not categories or not all(categories):
         return {}
     counts = dict.fromkeys(itertools.product(*categories), 0)
     known = table.frame[list(variables)].iloc[rows].dropna()
@@ -277,7 +302,7 @@ class SlotPlan:
         if plan is None:
             return
         held = plan.held(source.views)
-        self.shared, self.slots = plan.shared, np.array(list(held))
+        self.shared, self.distinct, self.slots = plan.shared, plan.distinct, np.array(list(held))
         self.probability = plan.chance(list(held.values()), domains or {})
         # (N, K'): weight of every available target; a row's own value is not available as a counterfactual.
         weights = plan.target_weights(list(held.values()), domains or {})
@@ -295,8 +320,10 @@ class SlotPlan:
         return slots
 
     def _drawn(self, rng: np.random.Generator, items: np.ndarray, draws: int) -> np.ndarray:
-        """Slots (B, draws), each drawn for itself."""
+        """Slots (B, draws), each drawn for itself, or the first of them all where they are distinct."""
         applied = rng.random((len(items), draws)) < self.probability
+        if self.distinct:
+            return np.where(applied, self._without_replacement(rng, items, draws), 0)
         point = rng.random((len(items), draws))
         cumulative = np.cumsum(self.weights[items], axis=1)
         total = cumulative[:, -1:]
@@ -306,3 +333,15 @@ class SlotPlan:
             .clip(max=len(self.slots) - 1)
         )
         return np.where(applied & (total > 0), self.slots[chosen], 0)
+
+    def _without_replacement(self, rng: np.random.Generator, items: np.ndarray, draws: int) -> np.ndarray:
+        """Slots (B, draws), no counterfactual twice, 0 when there are no more: the order of exponential times
+        with these rates is that of weighted draws without replacement."""
+        weights = self.weights[items]
+        times = np.full(weights.shape, np.inf)
+        np.divide(rng.standard_exponential(weights.shape), weights, out=times, where=weights > 0)
+        order = np.argsort(times, axis=1)[:, :draws]
+        found = np.zeros((len(items), draws), dtype=np.int64)
+        is_available = np.isfinite(np.take_along_axis(times, order, axis=1))
+        found[:, : order.shape[1]] = np.where(is_available, self.slots[order], 0)
+        return found

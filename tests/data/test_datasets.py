@@ -21,6 +21,7 @@ from cfssl.data.datasets import (
     open_dataset,
     prepare_dataset,
 )
+from cfssl.data.phantoms.chest import silver_masks
 from cfssl.data.splits import SplitSettings
 from cfssl.errors import UserError
 from cfssl.provenance import fingerprint
@@ -142,3 +143,18 @@ def test_a_refused_table_leaves_no_folder(mine: TableSettings, tmp_path: Path, m
     with pytest.raises(UserError):
         prepare_dataset(mine, stage / "table", quiet=True)
     assert [path.name for path in stage.iterdir()] == ["other.txt"]
+
+
+def test_silver_masks_stand_behind_the_gold_ones_and_change_nothing_else(tmp_path: Path) -> None:
+    settings = PhantomChestSettings(count=60)
+    plain, silver = (
+        prepare_dataset(of, tmp_path / name / "table", quiet=True)
+        for name, of in (("plain", settings), ("silver", replace(settings, silver=True)))
+    )
+    rows = np.arange(60)
+    assert silver.mask_names == (*plain.mask_names, "silver_left_lung", "silver_right_lung")
+    assert plain.masks is not None
+    assert silver.masks is not None
+    gold = plain.masks.read(rows)
+    np.testing.assert_array_equal(silver.masks.read(rows), np.hstack([gold, silver_masks(gold)]))
+    np.testing.assert_array_equal(silver.images.read(rows), plain.images.read(rows))

@@ -91,6 +91,78 @@ def test_unshared_views_draw_their_targets_independently() -> None:
     assert both == pytest.approx(0.25, abs=0.01)
 
 
+def test_distinct_views_show_every_counterfactual_once_when_there_are_as_many() -> None:
+    source = MemorySource()
+    items = np.arange(50_000) % 400
+    plan = CounterfactualPlan(variable="scanner", view=(1, 2, 3, 4), probability=1.0, distinct=True)
+    slots = SlotPlan(source, 5, plan, COUNTS).draw(numpy_generator(0), items)
+    domain = source.domain[items]
+    assert (slots[:, 0] == 0).all()
+    for own in range(5):
+        others = [other + 1 for other in range(5) if other != own]
+        shown = slots[domain == own, 1:]
+        np.testing.assert_array_equal(np.sort(shown, axis=1), np.broadcast_to(others, shown.shape))
+        for view in range(4):  # in any order
+            np.testing.assert_allclose(np.bincount(shown[:, view])[others] / len(shown), 0.25, atol=0.02)
+
+
+def test_distinct_views_are_weighted_draws_without_replacement() -> None:
+    weights = {"A": 1.0, "B": 2.0, "C": 3.0}
+    plan = CounterfactualPlan("scanner", view=(0, 1), probability=1.0, target=weights, distinct=True)
+    slots, domain = draws(plan)
+    first, second = slots[domain == 3].T - 1  # an image of D can become any of the three
+    shares = np.array([1, 2, 3]) / 6
+    np.testing.assert_allclose(np.bincount(first, minlength=3) / len(first), shares, atol=0.02)
+    for one in range(3):
+        rest = np.where(np.arange(3) == one, 0, shares) / (1 - shares[one])
+        found = np.bincount(second[first == one], minlength=3) / (first == one).sum()
+        np.testing.assert_allclose(found, rest, atol=0.025)
+
+
+def test_distinct_views_are_real_where_counterfactuals_run_out_and_as_often_as_stated() -> None:
+    plan = CounterfactualPlan("scanner", view=(0, 1), probability=1.0, target={"B": 1.0}, distinct=True)
+    slots, domain = draws(plan)
+    assert (slots[domain != 1] == (2, 0)).all()
+    assert (slots[domain == 1] == 0).all()
+    half, _ = draws(CounterfactualPlan("scanner", view=(0, 1), probability=0.5, distinct=True))
+    np.testing.assert_allclose((half > 0).mean(axis=0), 0.5, atol=0.01)
+
+
+def test_a_plan_without_a_variable_shows_every_do_of_the_bank_alike() -> None:
+    source, items = JointSource(), np.arange(100_000) % 400
+    plan = CounterfactualPlan(None, view=(1,), probability=1.0)
+    slots = SlotPlan(source, 2, plan).draw(numpy_generator(0), items)[:, 1]
+    own = items[source.available[items].sum(1) == source.available.sum(1).max()][0]
+    allowed = np.flatnonzero(source.available[own])[1:]
+    shown = np.bincount(slots[items == own], minlength=source.available.shape[1])
+    assert set(np.flatnonzero(shown)) == set(allowed)
+    np.testing.assert_allclose(shown[allowed] / shown.sum(), 1 / len(allowed), atol=0.08)
+    assert len({len(source.views[slot - 1]) for slot in slots}) > 1  # of one variable and of two
+
+
+def test_a_plan_without_a_variable_needs_a_bank_with_counterfactuals() -> None:
+    class Bare(MemorySource):
+        views = ()
+
+    source = Bare.__new__(Bare)
+    source.available = np.ones((4, 1), dtype=bool)
+    with pytest.raises(UserError, match=r"holds real images only; name what to intervene on in bank\.do"):
+        SlotPlan(source, 2, CounterfactualPlan(None, probability=1.0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ({"variable": "scanner", "shared": True, "distinct": True}, "choose one"),
+        ({"variable": None}, "leave target uniform and give probability a number"),
+        ({"variable": None, "probability": 1.0, "target": "rare"}, "leave target uniform"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_refused(plan: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        CounterfactualPlan(**plan)
+
+
 def test_simclr_is_all_real() -> None:
     assert (draws(None)[0] == 0).all()
 

@@ -59,6 +59,8 @@ AREAS = {
     for third in THIRDS
 }
 """Areas of the thirds of each lung mask, in percent of the image: measured, no parents."""
+SILVER = ("silver_left_lung", "silver_right_lung")
+"""What `silver_masks` makes of the lungs."""
 ATTRIBUTES = PARENTS | {name: Attribute(name, "continuous", declared=True) for name in AREAS}
 
 AGE_MEAN, AGE_SPREAD, AGE_RANGE = 55.0, 18.0, (20.0, 90.0)
@@ -235,16 +237,14 @@ def render(world: ChestWorld, parents: Attributes, u: Noise) -> Rendered:
 
 
 def silver_masks(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What a lung segmenter trained on healthy lungs would say: (n, 4, H, W) like `masks`, with both lungs
-    corrupted.
+    """What a lung segmenter trained on healthy lungs would say of the gold `masks` (n, 4, H, W):
+    (n, 2, H, W), channels as in SILVER.
 
-    The corruption: a lung loses its effusion and a margin of 1/32 of the image's side around it; where there
-    is no effusion the silver lungs are the gold lungs. Heart and effusion channels are unchanged."""
+    A lung loses its effusion and a margin of 1/32 of the image's side around it; where there is no effusion
+    the silver lungs are the gold lungs."""
     side = 2 * (masks.shape[-1] // 32) + 1
     margin = binary_dilation(masks[:, MASKS.index("effusion")], np.ones((1, side, side), bool))
-    silver = masks.copy()
-    silver[:, : MASKS.index("heart")] &= ~margin[:, None]
-    return silver
+    return masks[:, : len(SILVER)] & ~margin[:, None]
 
 
 def build(

@@ -167,9 +167,8 @@ def test_silver_masks_lose_lung_exactly_around_effusions(drawn):
     gold = render(WORLD, parents, u).masks
     silver = chest.silver_masks(gold)
     sick = gold[:, 3].any(axis=(1, 2))
-    assert np.array_equal(silver[~sick], gold[~sick])
-    assert np.array_equal(silver[:, 2:], gold[:, 2:])
-    assert not (silver[:, :2] & gold[:, 3:]).any()
+    assert np.array_equal(silver[~sick], gold[~sick, :2])
+    assert not (silver & gold[:, 3:]).any()
     lost = gold[:, :2].sum(axis=(1, 2, 3)).astype(int) - silver[:, :2].sum(axis=(1, 2, 3))
     assert (lost[sick] > gold[sick, 3].sum(axis=(1, 2))).all()
 
