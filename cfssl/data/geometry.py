@@ -87,6 +87,20 @@ def warp(
     )
 
 
+def warp_labels(masks: np.ndarray, affine: np.ndarray, view_size: tuple[int, int]) -> np.ndarray:
+    """The view of `masks` (..., H, W) through `affine`, (..., h, w): every view pixel has the value of the
+    source pixel that its centre falls into, and 0 outside of the source. Exact, where OpenCV rounds to 1/32
+    of a pixel."""
+    height, width = masks.shape[-2:]
+    matrix = pixel_matrix(affine, view_size, (height, width))
+    column, row = np.arange(view_size[1]), np.arange(view_size[0])[:, None]
+    x, y = (np.rint(along_x * column + along_y * row + offset) for along_x, along_y, offset in matrix)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    place = np.where(inside, y * width + x, 0).astype(np.int64)
+    found = masks.reshape(*masks.shape[:-2], -1)[..., place]
+    return np.where(inside, found, 0).astype(masks.dtype)
+
+
 def grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Normalised x (W,) and y (H,) of the pixel centres of a (height, width) image."""
     height, width = size

@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cfssl.data.augment import Photometric, PhotometricSettings, tone_curve
-from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp
+from cfssl.data.geometry import GeometrySettings, sample_affines, valid_mask, warp, warp_labels
 from cfssl.data.order import EpochOrder
 from cfssl.data.plan import CounterfactualPlan, Domain, IntensityPlan, SlotPlan, ViewSource, view_numbers
 from cfssl.errors import UserError
@@ -37,7 +37,7 @@ class ViewBatch:
     valid: torch.Tensor  # (B, V, H, W) bool: the pixel is made of source pixels alone
     attributes: dict[str, torch.Tensor]  # factual, (B,) each; a code of -1 is a missing value
     row: torch.Tensor  # (B,) long: row of the table
-    labels: torch.Tensor | None = None  # (B, V, M, H, W) masks warped with the views
+    labels: torch.Tensor | None = None  # (B, V, M, H, W) bool: masks of the real image, warped as the views
     local: Self | None = None  # further views of the same items, of a size of their own (multi-crop)
 
     def __len__(self) -> int:
@@ -148,10 +148,12 @@ class ViewData:
         accumulate: int = 1,
         attributes: Mapping[str, torch.Tensor] | None = None,
         domains: Mapping[Domain, int] | None = None,
+        masks: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """`attributes`: factual values (N,) of the source's items. `domains`: how many of them have each
-        value of the variables that the view plan intervenes on, see `domain_counts`. Raises `UserError` when
-        an epoch has no full batch or the source cannot serve the plan."""
+        value of the variables that the view plan intervenes on, see `domain_counts`. `masks`: of table rows
+        (n,), as (n, M, H, W) of 0 and 1; they become the labels of the global views, counterfactual or not.
+        Raises `UserError` when an epoch has no full batch or the source cannot serve the plan."""
         if len(source) < batch:
             raise UserError(
                 f"train.batch is {batch}, but only {len(source)} images can be trained on; lower train.batch."
@@ -160,7 +162,7 @@ class ViewData:
             raise UserError(f"train.batch ({batch}) must be a multiple of train.accumulate ({accumulate}).")
         self.source, self.settings, self.accumulate, self.seed = source, settings, accumulate, seed
         self.order = EpochOrder(len(source), batch, epochs, seed)
-        self.attributes = dict(attributes or {})
+        self.attributes, self.masks = dict(attributes or {}), masks
         local = settings.local
         plan, others = settings.counterfactual, local.count if local else 0
         self.plan = SlotPlan(source, settings.count, plan, domains, others)
@@ -236,6 +238,14 @@ class ViewData:
                 warped = warped.reshape(*kind.size, -1)  # OpenCV drops a single channel
                 seed = derive_seed(self.seed, "look", step, position, view)
                 images[position, place] = look[position][place](warped, seed).transpose(2, 0, 1)
+        labels = None
+        if self.masks is not None and not kind.is_local:
+            masks = self.masks(self.source.rows[items])
+            warped_masks = [
+                [warp_labels(own, affine, kind.size) for affine in views]
+                for own, views in zip(masks, affines, strict=True)
+            ]
+            labels = torch.from_numpy(np.array(warped_masks) > 0)
         valid = valid_mask(affines.reshape(-1, 2, 3), kind.size, (height, width))
         chosen = torch.from_numpy(slots[:, kind.numbers])
         return ViewBatch(
@@ -246,6 +256,7 @@ class ViewData:
             valid=torch.from_numpy(valid.reshape(images.shape[:2] + kind.size)),
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
+            labels=labels,
         )
 
 

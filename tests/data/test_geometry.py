@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from cfssl.data.geometry import GeometrySettings, grid, sample_affines, to_source, to_view, valid_mask, warp
+from cfssl.data.geometry import (
+    GeometrySettings,
+    grid,
+    sample_affines,
+    to_source,
+    to_view,
+    valid_mask,
+    warp,
+    warp_labels,
+)
 from cfssl.seeds import numpy_generator
 
 STRONG = GeometrySettings(crop_scale=(0.2, 0.9), rotation=30, horizontal_flip=0.5, vertical_flip=0.5)
@@ -116,3 +125,29 @@ def test_the_default_ratios_are_log_uniform_over_what_fits_at_the_area() -> None
         np.testing.assert_allclose(quantiles, [-1, -0.5, 0, 0.5, 1], atol=0.03)
     # a ratio that fits nowhere gives way to the nearest that does
     np.testing.assert_allclose(log_ratios(0.8, crop_ratio=(2, 3)), -np.log(0.8), rtol=1e-9)
+
+
+def test_labels_are_those_of_the_source_pixel_that_a_view_pixel_falls_into() -> None:
+    rng = numpy_generator(5)
+    size, view = (40, 28), (24, 32)
+    masks = rng.integers(0, 2, (3, *size)).astype(np.uint8)
+    wild = GeometrySettings(crop_scale=(0.05, 1.0), rotation=90.0, vertical_flip=0.5)
+    for affine in sample_affines(rng, 30, wild, size[1] / size[0]):
+        found = warp_labels(masks, affine, view)
+        x, y = grid(view)
+        points = np.stack(np.broadcast_arrays(x, y[:, None]), axis=-1).reshape(-1, 2)
+        source = to_source(affine, points)
+        for point, values in zip(source, found.reshape(3, -1).T, strict=True):
+            column, row = ((point[axis] + 1) / 2 * side for axis, side in ((0, size[1]), (1, size[0])))
+            if min(abs(column - round(column)), abs(row - round(row))) < 1e-9:
+                continue  # on the border of two pixels
+            inside = 0 <= column < size[1] and 0 <= row < size[0]
+            expected = masks[:, int(row), int(column)] if inside else np.zeros(3)
+            np.testing.assert_array_equal(values, expected)
+
+
+def test_labels_of_the_whole_image_are_the_masks_themselves() -> None:
+    masks = numpy_generator(6).integers(0, 256, (2, 30, 20)).astype(np.uint8)
+    np.testing.assert_array_equal(warp_labels(masks, np.eye(2, 3), (30, 20)), masks)
+    flipped = np.array([[-1.0, 0, 0], [0, 1.0, 0]])
+    np.testing.assert_array_equal(warp_labels(masks, flipped, (30, 20)), masks[..., ::-1])

@@ -876,3 +876,56 @@ def test_the_loader_needs_no_collation() -> None:
     data = ViewData(MemorySource(), SETTINGS, batch=100, epochs=1, seed=0)
     assert isinstance(loader(data, range(1), 0), DataLoader)
     assert len(next(iter(loader(data, range(1), 0)))[0]) == 100
+
+
+class BlockSource(MemorySource):
+    """Every item is a bright block on black, the same in all its slots."""
+
+    def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        shown = np.stack([block_masks(self.rows[items])[:, :1] * np.uint8(200)] * slots.shape[1], axis=1)
+        return shown
+
+
+def block_masks(rows: np.ndarray) -> np.ndarray:
+    """(n, 2, 16, 16): a block whose place and size tell the row, and its complement."""
+    masks = np.zeros((len(rows), 2, 16, 16), dtype=np.uint8)
+    for mask, row in zip(masks, rows, strict=True):
+        top, left = row % 5, row % 7
+        mask[0, top : top + 8, left : left + 6] = 1
+        mask[1] = 1 - mask[0]
+    return masks
+
+
+def test_labels_move_with_their_views_real_or_counterfactual() -> None:
+    settings = ViewSettings(
+        count=3,
+        counterfactual=CounterfactualPlan("scanner", view=(1, 2), probability=1.0),
+        geometry=GeometrySettings(crop_scale=(0.4, 1.0), rotation=30.0),
+        photometric=SHARP,
+    )
+    batch = ViewData(BlockSource(), settings, 8, 1, seed=0, domains=COUNTS, masks=block_masks)[0][0]
+    assert batch.labels is not None
+    assert batch.labels.shape == (8, 3, 2, 16, 16)
+    inside, outside = batch.labels.unbind(2)
+    assert not (inside & outside).any()
+    assert ((inside | outside) | ~batch.valid).all()
+    # Away from edges, where interpolation mixes both sides, the block is bright and the rest is black.
+    shown = batch.images[:, :, 0]
+    assert (shown[inside & (shown > 0.78)]).numel() > 0.6 * inside.sum()
+    assert shown[inside].min() > 0.2
+    assert shown[outside & batch.valid].max() < 200 / 255 * 0.8
+
+
+def test_without_masks_there_are_no_labels_and_with_them_nothing_else_changes() -> None:
+    settings = ViewSettings(local=LocalViewSettings(size=8, count=2))
+    plain, labelled = (
+        ViewData(BlockSource(), settings, 8, 1, seed=0, accumulate=2, masks=masks)[0]
+        for masks in (None, block_masks)
+    )
+    for before, after in zip(plain, labelled, strict=True):
+        assert before.labels is None
+        assert after.labels is not None
+        assert len(after.labels) == 4
+        assert torch.equal(before.images, after.images)
+        assert after.local is not None
+        assert after.local.labels is None
