@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from cfssl.objectives.dense_loss import multi_view_loss, pair_loss
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.objectives.teacher import Centre, sinkhorn_targets
 
@@ -35,6 +36,40 @@ class Linear(torch.nn.Module):
         return images.flatten(1) @ self.weight
 
 
+def dense_losses(items: slice) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of the items' 5 points in 2 views of 6 channels, with the parameter: by place and by label, with images
+    without overlap and weights; the last half of the items is all background in one of them."""
+    generator = torch.Generator().manual_seed(2)
+    points = torch.randn(COUNT, 2, 5, 6, generator=generator, dtype=torch.float64)[items]
+    source = 2 * torch.rand(COUNT, 2, 5, 2, generator=generator)[items] - 1
+    weight = torch.rand(COUNT, 2, 5, generator=generator, dtype=torch.float64)[items]
+    labels = torch.randint(-1, 3, (COUNT, 2, 5), generator=generator)
+    uneven = torch.where(torch.arange(COUNT)[:, None, None] < COUNT // 2, labels, 0)[items]
+    labels = labels[items]
+    known = (torch.arange(2 * COUNT) % 5 > 0).reshape(COUNT, 2)[items]
+
+    def pair(z: torch.Tensor, **case: object) -> torch.Tensor:
+        return pair_loss(*z.unbind(1), 0.3, is_known=known[:, 0], weight=weight[:, 0], **case)
+
+    def views(z: torch.Tensor, **case: object) -> torch.Tensor:
+        return multi_view_loss(z, 0.3, is_known=known, weight=weight, **case)
+
+    losses = {
+        "pair_place": lambda z: pair(z, source=source[:, 0], exclusion_radius=0.3),
+        "pair_label": lambda z: pair(z, labels=tuple(labels.unbind(1)), background_anchors=True),
+        "pair_uneven": lambda z: pair(z, labels=tuple(uneven.unbind(1))),
+        "views_place": lambda z: views(z, source=source, radius=0.3),
+        "views_label": lambda z: views(z, labels=labels),
+        "views_uneven": lambda z: views(z, labels=uneven),
+    }
+    projections = torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = {}
+    for name, loss in losses.items():
+        projection = projections.clone().requires_grad_()
+        results[name] = loss(points @ projection), projection
+    return results
+
+
 def found(items: slice) -> dict[str, np.ndarray]:
     """Of the items of one process, or of all."""
     from view_toys import batch_of
@@ -49,6 +84,9 @@ def found(items: slice) -> dict[str, np.ndarray]:
         loss.backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in task.parameters()])
         results |= {f"loss_{column}": loss.detach(), f"gradients_{column}": gradients}
+    for name, (loss, projection) in dense_losses(items).items():
+        loss.backward()
+        results |= {f"loss_{name}": loss.detach(), f"gradients_{name}": projection.grad}
     logits = torch.randn(COUNT, 5, generator=generator, dtype=torch.float64)[items]
     results["sinkhorn"] = sinkhorn_targets(logits, 0.3)
     centre = Centre(5, momentum=0.9).double()
