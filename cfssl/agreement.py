@@ -13,8 +13,9 @@ from cfssl.generators.fitted import refuse_other_data
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, check_size, create_backbone
+from cfssl.models.dense import Grid, create_dense
 from cfssl.models.initial import check_initial
-from cfssl.objectives import coded_columns, known_attributes
+from cfssl.objectives import coded_columns, known_attributes, labelling_masks
 from cfssl.objectives.dinov2 import DINOv2Settings, check_masking
 
 
@@ -72,6 +73,11 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
                 f"objective.false_negatives = {name!r}: neither a discrete attribute nor the group"
                 f"{nearest(name, table.coded_names)}"
             )
+    mistakes += [
+        f"objective.structures = {name!r}: no such mask{nearest(name, table.mask_names)}"
+        for name in labelling_masks(recipe.objective)
+        if name not in table.mask_names
+    ]
     for index, evaluation in enumerate(recipe.evaluate):
         path = f"evaluate[{index}].target"
         known(path, evaluation.target, discrete)
@@ -286,8 +292,8 @@ def view_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
 def encoder_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
     """What views and objective ask of an encoder that does not have it, and weights that do not fit it."""
     backbone, local, objective = recipe.backbone, recipe.views.local, recipe.objective
-    is_dinov2 = isinstance(objective, DINOv2Settings)
-    if not (backbone.drop_path or backbone.options or local or is_dinov2 or recipe.init):
+    is_special = any(hasattr(objective, name) for name in ("ibot_weight", "decoder", "stride"))
+    if not (backbone.drop_path or backbone.options or local or is_special or recipe.init):
         return []
     channels, size = recipe.views.shape(table.images.shape)
     sizes = [size, (local.size, local.size)] if local else [size]
@@ -297,6 +303,11 @@ def encoder_mistakes(recipe: Recipe, table: ImageTable) -> list[str]:
             check_size(encoder, backbone.name, channels, each)
         if isinstance(objective, DINOv2Settings):
             check_masking(objective, encoder)
+        decoder, stride = getattr(objective, "decoder", None), getattr(objective, "stride", None)
+        if decoder is not None:
+            create_dense(encoder, decoder, channels, seed=0)
+        if stride is not None:
+            Grid(encoder, stride)
         if recipe.init is not None:
             check_initial(recipe.init, encoder, backbone.name, channels)
     except UserError as error:

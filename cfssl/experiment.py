@@ -203,9 +203,11 @@ def evaluation_problems(recipe: Recipe) -> list[str]:
 def training_problems(recipe: Recipe) -> list[str]:
     """Of batches, micro-batches and the objective."""
     found = []
-    name, views, accumulate = recipe.objective.name, takes_views(recipe.objective), recipe.train.accumulate
-    if views is not None and recipe.views.count != views:
-        found.append(f"objective {name} takes {views} views, but views.count is {recipe.views.count}")
+    name, accumulate = recipe.objective.name, recipe.train.accumulate
+    least, most = takes_views(recipe.objective)
+    if recipe.views.count < least or (most is not None and recipe.views.count > most):
+        views = f"{least} views" + (" or more" if most is None else "")
+        found.append(f"objective {name} takes {views}, but views.count is {recipe.views.count}")
     if recipe.views.local is not None and not takes_local(recipe.objective):
         found.append(f"views.local is given, but objective {name} looks at the other views alone; remove it")
     if accumulate > 1 and (compared := comparison(recipe.objective)):

@@ -19,7 +19,7 @@ from torch import nn
 from cfssl.agreement import check_against_table
 from cfssl.data.order import EpochOrder
 from cfssl.data.plan import ViewSource, domain_counts
-from cfssl.data.table import ImageTable
+from cfssl.data.table import ImageTable, MaskReader
 from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
@@ -31,7 +31,13 @@ from cfssl.files import write_json
 from cfssl.generation import Generation
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.models.initial import described, hold_backbone, init_key, initial_encoder
-from cfssl.objectives import coded_columns, create_objective, known_attributes
+from cfssl.objectives import (
+    coded_columns,
+    create_objective,
+    known_attributes,
+    labelling_masks,
+    weighs_changes,
+)
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
 from cfssl.provenance import environment
@@ -86,6 +92,7 @@ class Pipeline:
         train = recipe.train
         plan = recipe.views.counterfactual
         domains = None if plan is None else domain_counts(self.table, plan.variables, source.rows)
+        names = labelling_masks(recipe.objective)
         return ViewData(
             source,
             recipe.views,
@@ -95,6 +102,8 @@ class Pipeline:
             train.accumulate,
             attributes,
             domains,
+            MaskReader(self.table, names) if names else None,
+            weighs_changes(recipe.objective),
         )
 
     def new_encoder(self) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -115,9 +124,9 @@ class Pipeline:
             classes = len(self.table.attributes[recipe.objective.target].categories)
         train, images = recipe.train, len(self.table.rows("train", known=known_attributes(recipe.objective)))
         steps = len(EpochOrder(images, train.batch, train.epochs, train.seed))
-        return create_objective(
-            recipe.objective, encoder, train.seed, images=images, steps=steps, classes=classes
-        )
+        channels, _ = recipe.views.shape(self.table.images.shape)
+        counts = {"images": images, "steps": steps, "channels": channels}
+        return create_objective(recipe.objective, encoder, train.seed, **counts, classes=classes)
 
     @cached_property
     def objective(self) -> nn.Module:

@@ -29,9 +29,14 @@ from cfssl.experiment import Recipe
 from cfssl.generators import HVAESettings
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.models.backbone import BackboneSettings, create_backbone
-from cfssl.objectives import create_objective
+from cfssl.models.dense import DecoderSettings
+from cfssl.objectives import create_objective, takes_views
 from cfssl.objectives.baselines import BarlowTwinsSettings, BYOLSettings, MoCoSettings, VICRegSettings
+from cfssl.objectives.dense import DVDSettings, MVDSettings, SDVDSettings, SMVDSettings
 from cfssl.objectives.dinov2 import DINOv2Settings
+from cfssl.objectives.grids import DetConSettings, PixProSettings, VICRegLSettings
+from cfssl.objectives.local_regions import LocalRegionsSettings
+from cfssl.objectives.queues import DenseCLSettings, VADeRSettings
 from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
@@ -123,6 +128,21 @@ DINO = PHANTOM | {
 BASELINES = [
     PHANTOM | {"objective": {"name": name}} for name in ("byol", "moco_v3", "vicreg", "barlow_twins")
 ]
+DENSE = [
+    PHANTOM | {"data": PHANTOM["data"] | {"silver": True}, "objective": {"name": name, **more}}
+    for name, more in {
+        "dvd": {},
+        "s_dvd": {"structures": ["silver_left_lung"]},
+        "mvd": {},
+        "s_mvd": {"structures": ["silver_left_lung"]},
+        "vader": {},
+        "densecl": {},
+        "pixpro": {},
+        "vicregl": {},
+        "detcon": {"structures": ["silver_left_lung"]},
+        "local_regions": {},
+    }.items()
+]
 TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube", "size": 32}}
 DIGITS: dict[str, Any] = {"name": "digits", "data": {"name": "morphomnist", "root": "digits"}}
 
@@ -195,6 +215,13 @@ OTHERS: dict[str, Any] = {
     "objective.target": "sex",
     "objective.false_negatives": "sex",
     "objective.centring": "sinkhorn",
+    "objective.structures": ["silver_left_lung", "silver_right_lung"],
+    "objective.anchors": "all_pairs",
+    "objective.queue": 512,
+    "objective.stride": 8,
+    "objective.matches": [10, 4],
+    "objective.decoder.widths": [64, 64, 48, 32, 32],
+    "objective.decoder.norm": "instance",
     "backbone.name": "resnet34",
     "backbone.options": {"stem_width": 32},
     "init.backbone": "v.pth",
@@ -317,7 +344,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files")
 def test_every_key_changes_the_key_of_a_stage() -> None:
     met: set[str] = set()
-    recipes = (PHANTOM, DINO, *BASELINES, ORACLE, PUBLISHED, TUNED, GIVEN, ABROAD, TABLE, TUBE, DIGITS)
+    recipes = (
+        PHANTOM,
+        DINO,
+        *BASELINES,
+        *DENSE,
+        ORACLE,
+        PUBLISHED,
+        TUNED,
+        GIVEN,
+        ABROAD,
+        TABLE,
+        TUBE,
+        DIGITS,
+    )
     for content in recipes:
         recipe = parse_recipe(content, str(content["name"]))
         for key, value in leaves(recipe, "", met):
@@ -422,8 +462,11 @@ def objective_after_training(settings: Any, folder: Path) -> dict[str, torch.Ten
             return 4
 
         def __getitem__(self, step: int) -> list[ViewBatch]:
-            images = torch.rand(8, 2, 1, 16, 16, generator=torch_generator("views", step))
-            return [batch_of(images, {"patient": torch.arange(8) // 2})]
+            views = 2 if takes_views(settings)[1] == 2 else 3
+            images = torch.rand(8, views, 1, 16, 16, generator=torch_generator("views", step))
+            batch = batch_of(images, {"patient": torch.arange(8) // 2})
+            labels = torch.cat([images, 1 - images], dim=2) > 0.7
+            return [dataclasses.replace(batch, labels=labels, change=images[:, :, 0])]
 
     task = create_objective(settings, encoder, 0, images=8000, steps=4)
     run = Run(folder, CPU, quiet=True)
@@ -443,7 +486,35 @@ OBJECTIVES = {
         prototypes=16, hidden=16, bottleneck=8, temperature_warmup=1.0, freeze_last_layer=0.3
     ),
 }
+OBJECTIVES |= {
+    name: settings(points=32, hidden=16, output=8, decoder=DecoderSettings(widths=(8, 8, 8)), **more)
+    for name, (settings, more) in {
+        "dvd": (DVDSettings, {}),
+        "s_dvd": (SDVDSettings, {"structures": ("one", "other")}),
+        "mvd": (MVDSettings, {}),
+        "s_mvd": (SMVDSettings, {"structures": ("one", "other")}),
+        "vader": (VADeRSettings, {"queue": 300}),
+    }.items()
+}
+OBJECTIVES |= {
+    name: settings(hidden=16, output=8, **more)
+    for name, (settings, more) in {
+        "densecl": (DenseCLSettings, {"queue": 300}),
+        "pixpro": (PixProSettings, {}),
+        "vicregl": (VICRegLSettings, {"matches": (3, 2)}),
+        "detcon": (DetConSettings, {"structures": ("one", "other")}),
+    }.items()
+}
+OBJECTIVES["local_regions"] = LocalRegionsSettings(output=8, decoder=DecoderSettings(widths=(8, 8, 8)))
+# What decides which objective there is and what its labels are; a vision transformer has grids of one stride.
+FROM_OUTSIDE = {"name", "structures", "stride"}
 OTHER_OBJECTIVE = {
+    "anchors": "all_pairs",
+    "exclusion_radius": 0.2,
+    "queue": 100,
+    "matches": (2, 1),
+    "distance": 1.5,
+    "decoder": DecoderSettings(stride=2, widths=(8, 8, 8)),
     "false_negatives": "patient",
     "prototypes": None,
     "centring": "sinkhorn",
@@ -454,7 +525,12 @@ OTHER_OBJECTIVE = {
 
 @pytest.mark.parametrize(
     ("objective", "name"),
-    [(key, name) for key, value in OBJECTIVES.items() for name in fields(type(value)) if name != "name"],
+    [
+        (key, name)
+        for key, value in OBJECTIVES.items()
+        for name in fields(type(value))
+        if name not in FROM_OUTSIDE
+    ],
 )
 def test_every_setting_of_an_objective_acts(objective: str, name: str, tmp_path: Path) -> None:
     base = OBJECTIVES[objective]

@@ -38,6 +38,7 @@ class ViewBatch:
     attributes: dict[str, torch.Tensor]  # factual, (B,) each; a code of -1 is a missing value
     row: torch.Tensor  # (B,) long: row of the table
     labels: torch.Tensor | None = None  # (B, V, M, H, W) bool: masks of the real image, warped as the views
+    change: torch.Tensor | None = None  # (B, V, H, W) float32 in [0, 1]: stored image shown minus real one
     local: Self | None = None  # further views of the same items, of a size of their own (multi-crop)
 
     def __len__(self) -> int:
@@ -149,11 +150,14 @@ class ViewData:
         attributes: Mapping[str, torch.Tensor] | None = None,
         domains: Mapping[Domain, int] | None = None,
         masks: Callable[[np.ndarray], np.ndarray] | None = None,
+        changes: bool = False,
     ) -> None:
         """`attributes`: factual values (N,) of the source's items. `domains`: how many of them have each
         value of the variables that the view plan intervenes on, see `domain_counts`. `masks`: of table rows
         (n,), as (n, M, H, W) of 0 and 1; they become the labels of the global views, counterfactual or not.
-        Raises `UserError` when an epoch has no full batch or the source cannot serve the plan."""
+        `changes`: the global views tell where and how much what they show differs from the real image,
+        before any look, by the channel that differs most. Raises `UserError` when an epoch has no full batch
+        or the source cannot serve the plan."""
         if len(source) < batch:
             raise UserError(
                 f"train.batch is {batch}, but only {len(source)} images can be trained on; lower train.batch."
@@ -162,7 +166,7 @@ class ViewData:
             raise UserError(f"train.batch ({batch}) must be a multiple of train.accumulate ({accumulate}).")
         self.source, self.settings, self.accumulate, self.seed = source, settings, accumulate, seed
         self.order = EpochOrder(len(source), batch, epochs, seed)
-        self.attributes, self.masks = dict(attributes or {}), masks
+        self.attributes, self.masks, self.changes = dict(attributes or {}), masks, changes
         local = settings.local
         plan, others = settings.counterfactual, local.count if local else 0
         self.plan = SlotPlan(source, settings.count, plan, domains, others)
@@ -246,6 +250,9 @@ class ViewData:
                 for own, views in zip(masks, affines, strict=True)
             ]
             labels = torch.from_numpy(np.array(warped_masks) > 0)
+        change = None
+        if self.changes and not kind.is_local:
+            change = torch.from_numpy(self._change(items, slots[:, kind.numbers], affines, kind.size))
         valid = valid_mask(affines.reshape(-1, 2, 3), kind.size, (height, width))
         chosen = torch.from_numpy(slots[:, kind.numbers])
         return ViewBatch(
@@ -257,6 +264,21 @@ class ViewData:
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
             labels=labels,
+            change=change,
+        )
+
+    def _change(
+        self, items: np.ndarray, slots: np.ndarray, affines: np.ndarray, size: tuple[int, int]
+    ) -> np.ndarray:
+        """(B, V, h, w) float32 in [0, 1] for slots (B, V) of items (B,) seen through affines (B, V, 2, 3)."""
+        stored = self.source.gather(items, np.hstack([np.zeros_like(slots[:, :1]), slots]))
+        levels = stored.astype(np.float32) / np.iinfo(stored.dtype).max
+        differences = np.abs(levels[:, 1:] - levels[:, :1]).max(axis=2)  # (B, V, H, W)
+        return np.array(
+            [
+                [warp(view, affine, size) for view, affine in zip(*own, strict=True)]
+                for own in zip(differences, affines, strict=True)
+            ]
         )
 
 

@@ -81,10 +81,13 @@ class DenseNetwork(nn.Module):
         rest = (0, -width % coarsest, 0, -height % coarsest)
         if any(rest):
             x = nn.functional.pad(x, rest, mode="replicate")
-        last, found = self.encoder.forward_intermediates(x, indices=self.layers)  # type: ignore[operator]
+        indices = sorted(set(self.layers))
+        last, found = self.encoder.forward_intermediates(x, indices=indices)  # type: ignore[operator]
         pooled = self.encoder.forward_head(last, pre_logits=True)  # type: ignore[operator]
-        places = dict(zip(self.strides[-len(found) :], found, strict=True))
-        features = [x, *(level_at(places.get(stride, x), x, stride) for stride in self.strides)]
+        seen = dict(zip(indices, found, strict=True))
+        missing = len(self.strides) - len(self.layers)
+        sources = [x] * missing + [seen[layer] for layer in self.layers]
+        features = [x, *(level_at(of, x, stride) for of, stride in zip(sources, self.strides, strict=True))]
         decoded = self.decoder(features, skip_connect=len(self.strides) - 1)
         cut = math.ceil(height / self.stride), math.ceil(width / self.stride)
         return decoded[:, :, : cut[0], : cut[1]], pooled
@@ -97,11 +100,7 @@ def levels(encoder: nn.Module, channels: int) -> tuple[list[int], list[int], lis
     Raises `UserError` for an encoder without intermediate maps or with other strides.
     """
     name = type(encoder).__name__
-    if not hasattr(encoder, "forward_intermediates"):
-        raise UserError(
-            f"backbone.name is a {name}, which gives no intermediate maps to decode; choose another, such as "
-            "resnet18 or vit_tiny_patch16_224."
-        )
+    refuse_without_levels(encoder)
     information: Any = encoder.feature_info
     infos = [dict(entry) for entry in information]
     reductions = [int(info["reduction"]) for info in infos]
@@ -115,16 +114,25 @@ def levels(encoder: nn.Module, channels: int) -> tuple[list[int], list[int], lis
     if has_patch_tokens(encoder):
         strides_of_tokens = [stride for stride in strides if stride > 2] or strides
         count = len(strides_of_tokens)
-        layers = [len(infos) * (place + 1) // count - 1 for place in range(count)]
+        layers = [math.ceil(len(infos) * (place + 1) / count) - 1 for place in range(count)]
     else:
         strides_of_tokens, layers = reductions, list(range(len(infos)))
-    if strides_of_tokens != strides[-len(strides_of_tokens) :] or min(layers) < 0:
+    if strides_of_tokens != strides[-len(strides_of_tokens) :]:
         raise UserError(
             f"backbone.name is a {name} with maps of strides {', '.join(map(str, strides_of_tokens))}, and a "
             "U-Net doubles from level to level; choose another backbone."
         )
     sizes = [channels] * (len(strides) - len(layers)) + [int(infos[layer]["num_chs"]) for layer in layers]
     return layers, strides, sizes
+
+
+def refuse_without_levels(encoder: nn.Module) -> None:
+    """Raises `UserError` for an encoder without intermediate maps."""
+    if not hasattr(encoder, "forward_intermediates"):
+        raise UserError(
+            f"backbone.name is a {type(encoder).__name__}, which gives no intermediate maps; choose another, "
+            "such as resnet18 or vit_tiny_patch16_224."
+        )
 
 
 def level_at(level: torch.Tensor, x: torch.Tensor, stride: int) -> torch.Tensor:
@@ -135,6 +143,45 @@ def level_at(level: torch.Tensor, x: torch.Tensor, stride: int) -> torch.Tensor:
     if level is x:
         return nn.functional.avg_pool2d(x, stride)
     return nn.functional.interpolate(level, size=size, mode="bilinear", align_corners=False)
+
+
+class Grid(nn.Module):
+    """One grid of features of a timm encoder, chosen by its `stride` in pixels; None: the last. It has no
+    weights of its own: the encoder is given with the images. `width`: C of the features."""
+
+    def __init__(self, encoder: nn.Module, stride: int | None) -> None:
+        """Raises `UserError` for a stride that the encoder does not have."""
+        super().__init__()
+        refuse_without_levels(encoder)
+        infos: list[Any] = [dict(entry) for entry in encoder.feature_info]  # type: ignore[union-attr]
+        strides = [int(info["reduction"]) for info in infos]
+        if stride is not None and stride not in strides:
+            known = ", ".join(map(str, dict.fromkeys(strides)))
+            raise UserError(
+                f"objective.stride is {stride}, but the grids of {type(encoder).__name__} have the strides "
+                f"{known}; choose one of them, or null for the last."
+            )
+        self.layer = len(strides) - 1 - (0 if stride is None else strides[::-1].index(stride))
+        self.width = int(infos[self.layer]["num_chs"])
+
+    def sized(
+        self, encoder: nn.Module, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        """The cells (B, h w, C) of images (B, C', H, W), the pooled features (B, F) that the encoder exports,
+        of the same pass, and (h, w)."""
+        last, (found,) = encoder.forward_intermediates(x, indices=[self.layer])  # type: ignore[operator]
+        pooled = encoder.forward_head(last, pre_logits=True)  # type: ignore[operator]
+        return found.flatten(2).mT, pooled, (found.shape[2], found.shape[3])
+
+    def forward(self, encoder: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells and pooled features."""
+        return self.sized(encoder, x)[:2]
+
+    def map(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The cells as a map (B, C, h, w)."""
+        options = {"indices": [self.layer], "intermediates_only": True}
+        found: torch.Tensor = encoder.forward_intermediates(x, **options)[0]  # type: ignore[operator]
+        return found
 
 
 def create_dense(encoder: nn.Module, settings: DecoderSettings, channels: int, seed: int) -> DenseNetwork:

@@ -10,7 +10,26 @@ from cfssl.objectives.baselines import (
     VICRegSettings,
     create_baseline,
 )
+from cfssl.objectives.dense import (
+    AnyDenseSettings,
+    Dense,
+    DenseSettings,
+    DVDSettings,
+    MVDSettings,
+    SDVDSettings,
+    SMVDSettings,
+)
 from cfssl.objectives.dinov2 import DINOv2, DINOv2Settings
+from cfssl.objectives.grids import (
+    DetCon,
+    DetConSettings,
+    PixPro,
+    PixProSettings,
+    VICRegL,
+    VICRegLSettings,
+)
+from cfssl.objectives.local_regions import LocalRegions, LocalRegionsSettings
+from cfssl.objectives.queues import DenseCL, DenseCLSettings, VADeR, VADeRSettings
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.objectives.supervised import Supervised, SupervisedSettings
 
@@ -21,6 +40,13 @@ ObjectiveSettings = (
     | MoCoSettings
     | VICRegSettings
     | BarlowTwinsSettings
+    | AnyDenseSettings
+    | VADeRSettings
+    | DenseCLSettings
+    | PixProSettings
+    | VICRegLSettings
+    | DetConSettings
+    | LocalRegionsSettings
     | SupervisedSettings
 )
 
@@ -32,10 +58,11 @@ def create_objective(
     *,
     images: int,
     steps: int,
+    channels: int = 1,
     classes: int | None = None,
 ) -> nn.Module:
-    """The objective with its heads around `encoder`, for a training of `steps` on `images`; `classes` of the
-    target where it has one."""
+    """The objective with its heads around `encoder`, for a training of `steps` on `images` of `channels`;
+    `classes` of the target where it has one."""
     match settings:
         case SupervisedSettings():
             assert classes is not None, "a supervised objective is created with its number of classes"
@@ -44,6 +71,20 @@ def create_objective(
             return DINOv2(encoder, settings, seed, images, steps)
         case SimCLRSettings():
             return SimCLR(encoder, settings, seed)
+        case DVDSettings() | SDVDSettings() | MVDSettings() | SMVDSettings():
+            return Dense(encoder, settings, seed, channels)
+        case LocalRegionsSettings():
+            return LocalRegions(encoder, settings, seed, channels)
+        case VADeRSettings():
+            return VADeR(encoder, settings, seed, images, channels)
+        case DenseCLSettings():
+            return DenseCL(encoder, settings, seed, images)
+        case PixProSettings():
+            return PixPro(encoder, settings, seed, steps)
+        case VICRegLSettings():
+            return VICRegL(encoder, settings, seed)
+        case DetConSettings():
+            return DetCon(encoder, settings, seed)
         case _:
             return create_baseline(settings, encoder, seed, steps)
 
@@ -61,9 +102,25 @@ def coded_columns(settings: ObjectiveSettings) -> tuple[str, ...]:
     return ()
 
 
-def takes_views(settings: ObjectiveSettings) -> int | None:
-    """How many views per image; None for any number."""
-    return None if isinstance(settings, SupervisedSettings) else 2
+def labelling_masks(settings: ObjectiveSettings) -> tuple[str, ...]:
+    """The masks that the objective takes as labels of its views, in order."""
+    return settings.structures if isinstance(settings, SDVDSettings | SMVDSettings | DetConSettings) else ()
+
+
+def weighs_changes(settings: ObjectiveSettings) -> bool:
+    """Whether the objective looks at where counterfactuals differ from their images."""
+    return isinstance(settings, DenseSettings) and settings.change_scale is not None
+
+
+def takes_views(settings: ObjectiveSettings) -> tuple[int, int | None]:
+    """The least and the largest number of views per image; None for any."""
+    match settings:
+        case SupervisedSettings():
+            return 1, None
+        case DenseSettings():
+            return 2, None
+        case _:
+            return 2, 2
 
 
 def takes_local(settings: ObjectiveSettings) -> bool:
@@ -79,7 +136,9 @@ def comparison(settings: ObjectiveSettings) -> str | None:
             return "objective dinov2 with centring sinkhorn"
         case DINOv2Settings() if settings.koleo_weight:
             return f"objective dinov2 with koleo_weight {settings.koleo_weight}"
-        case SimCLRSettings() | MoCoSettings() | VICRegSettings() | BarlowTwinsSettings():
+        case DenseSettings() | SimCLRSettings() | MoCoSettings() | VICRegSettings() | BarlowTwinsSettings():
+            return f"objective {settings.name}"
+        case VICRegLSettings() | DetConSettings():
             return f"objective {settings.name}"
         case _:
             return None

@@ -929,3 +929,34 @@ def test_without_masks_there_are_no_labels_and_with_them_nothing_else_changes() 
         assert torch.equal(before.images, after.images)
         assert after.local is not None
         assert after.local.labels is None
+
+
+def test_change_is_where_and_how_much_a_view_differs_from_its_real_image() -> None:
+    class Spots(MemorySource):
+        """Slot s adds 10 s grey levels to the upper half of the image."""
+
+        def gather(self, items: np.ndarray, slots: np.ndarray) -> np.ndarray:
+            stored = np.full((*slots.shape, *self.shape), 100, dtype=np.uint8)
+            stored[..., :8, :] += (10 * slots[..., None, None, None]).astype(np.uint8)
+            return stored
+
+    settings = ViewSettings(
+        count=3,
+        counterfactual=CounterfactualPlan("scanner", view=(1, 2), probability=1.0),
+        geometry=GeometrySettings(crop_scale=(0.5, 1.0), rotation=20.0, vertical_flip=0.5),
+    )
+    batch = ViewData(Spots(), settings, 8, 1, seed=0, domains=COUNTS, changes=True)[0][0]
+    assert batch.change is not None
+    assert batch.change.shape == (8, 3, 16, 16)
+    assert (batch.change[:, 0] == 0).all()
+    x, y = grid((16, 16))
+    points = np.stack(np.broadcast_arrays(x, y[:, None]), axis=-1).reshape(-1, 2)
+    for item in range(8):
+        for view in (1, 2):
+            source = to_source(batch.affine[item, view].double().numpy(), points)[:, 1].reshape(16, 16)
+            expected = 10 * batch.slot[item, view].item() / 255
+            valid = batch.valid[item, view].numpy()
+            found = batch.change[item, view].numpy()
+            np.testing.assert_allclose(found[valid & (source < -1 / 8)], expected, atol=1e-4)
+            np.testing.assert_allclose(found[valid & (source > 1 / 8)], 0, atol=1e-4)
+    assert ViewData(Spots(), settings, 8, 1, seed=0, domains=COUNTS)[0][0].change is None
