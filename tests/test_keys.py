@@ -37,6 +37,7 @@ from cfssl.objectives.dinov2 import DINOv2Settings
 from cfssl.objectives.grids import DetConSettings, PixProSettings, VICRegLSettings
 from cfssl.objectives.local_regions import LocalRegionsSettings
 from cfssl.objectives.queues import DenseCLSettings, VADeRSettings
+from cfssl.objectives.segmentation import SegmentationSettings
 from cfssl.objectives.simclr import SimCLRSettings
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import parse_recipe
@@ -141,6 +142,7 @@ DENSE = [
         "vicregl": {},
         "detcon": {"structures": ["silver_left_lung"]},
         "local_regions": {},
+        "segmentation": {"structures": ["silver_left_lung"]},
     }.items()
 ]
 TUBE: dict[str, Any] = {"name": "tube", "data": {"name": "phantom_tube", "size": 32}}
@@ -505,7 +507,9 @@ OBJECTIVES |= {
         "detcon": (DetConSettings, {"structures": ("one", "other")}),
     }.items()
 }
-OBJECTIVES["local_regions"] = LocalRegionsSettings(output=8, decoder=DecoderSettings(widths=(8, 8, 8)))
+SMALL = DecoderSettings(widths=(8, 8, 8))
+OBJECTIVES["local_regions"] = LocalRegionsSettings(output=8, decoder=SMALL)
+OBJECTIVES["segmentation"] = SegmentationSettings(structures=("one", "other"), decoder=SMALL)
 # What decides which objective there is and what its labels are; a vision transformer has grids of one stride.
 FROM_OUTSIDE = {"name", "structures", "stride"}
 OTHER_OBJECTIVE = {

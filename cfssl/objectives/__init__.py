@@ -30,6 +30,7 @@ from cfssl.objectives.grids import (
 )
 from cfssl.objectives.local_regions import LocalRegions, LocalRegionsSettings
 from cfssl.objectives.queues import DenseCL, DenseCLSettings, VADeR, VADeRSettings
+from cfssl.objectives.segmentation import Segmentation, SegmentationSettings
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
 from cfssl.objectives.supervised import Supervised, SupervisedSettings
 
@@ -47,6 +48,7 @@ ObjectiveSettings = (
     | VICRegLSettings
     | DetConSettings
     | LocalRegionsSettings
+    | SegmentationSettings
     | SupervisedSettings
 )
 
@@ -75,6 +77,8 @@ def create_objective(
             return Dense(encoder, settings, seed, channels)
         case LocalRegionsSettings():
             return LocalRegions(encoder, settings, seed, channels)
+        case SegmentationSettings():
+            return Segmentation(encoder, settings, seed, channels)
         case VADeRSettings():
             return VADeR(encoder, settings, seed, images, channels)
         case DenseCLSettings():
@@ -104,7 +108,11 @@ def coded_columns(settings: ObjectiveSettings) -> tuple[str, ...]:
 
 def labelling_masks(settings: ObjectiveSettings) -> tuple[str, ...]:
     """The masks that the objective takes as labels of its views, in order."""
-    return settings.structures if isinstance(settings, SDVDSettings | SMVDSettings | DetConSettings) else ()
+    match settings:
+        case SDVDSettings() | SMVDSettings() | DetConSettings() | SegmentationSettings():
+            return settings.structures
+        case _:
+            return ()
 
 
 def weighs_changes(settings: ObjectiveSettings) -> bool:
@@ -115,7 +123,7 @@ def weighs_changes(settings: ObjectiveSettings) -> bool:
 def takes_views(settings: ObjectiveSettings) -> tuple[int, int | None]:
     """The least and the largest number of views per image; None for any."""
     match settings:
-        case SupervisedSettings():
+        case SupervisedSettings() | SegmentationSettings():
             return 1, None
         case DenseSettings():
             return 2, None
