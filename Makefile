@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint browser clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/cfssl demo
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
 
 fast: lint
@@ -20,6 +20,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Interactive pages are tested in a real browser.
+browser:
+	@command -v chromium >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "Chromium is not there and could not be installed, so the tests of interactive pages skip; install it (Debian: apt-get install chromium) and call make test again."
 
 # Set-up is done once; it is done again when what it depends on changes. constraints.txt pins everything, also pip
 # itself and what builds packages.

@@ -39,10 +39,19 @@ def imported() -> dict[str, set[str]]:
     return {module: set(map(normal, owners[module])) for module in third_party}
 
 
+OPTIONAL = ("umap", "nifti")  # extras of the package itself
+
+
 def test_the_package_declares_exactly_what_it_imports() -> None:
     known, used = declared("options", "install_requires"), imported()
+    known |= set().union(*(declared("options.extras_require", extra) for extra in OPTIONAL))
     assert {module for module, owners in used.items() if not owners & known} == set()
     assert known - set().union(*used.values()) == set()
+
+
+def test_whoever_develops_has_every_optional_part() -> None:
+    for extra in OPTIONAL:
+        assert declared("options.extras_require", extra) <= declared("options.extras_require", "dev")
 
 
 def test_everything_declared_is_pinned() -> None:

@@ -110,8 +110,12 @@ class State:
         digest = hashlib.blake2b(digest_size=6)
         for field in dataclasses.fields(self)[1:]:
             digest.update(np.ascontiguousarray(getattr(self, field.name)).tobytes())
-        digest.update(json.dumps(_plain(self.settings), sort_keys=True).encode())
+        digest.update(json.dumps(self.plain_settings(), sort_keys=True).encode())
         return digest.hexdigest()
+
+    def plain_settings(self) -> dict[str, object]:
+        """As JSON."""
+        return dict(TypeAdapter(ChromapSettings).dump_python(self.settings, mode="json"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +308,7 @@ def save(state: State, path: Path) -> None:
     """Writes a safetensors file: arrays, and the settings in its header."""
     arrays = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)[1:]}
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    save_checkpoint(Path(path), {"chromap": _plain(state.settings), **tensors})
+    save_checkpoint(Path(path), {"chromap": state.plain_settings(), **tensors})
 
 
 def load(path: Path) -> State:
@@ -315,7 +319,3 @@ def load(path: Path) -> State:
     settings = TypeAdapter(ChromapSettings).validate_python(content.pop("chromap"))
     arrays = {name: tensor.numpy() for name, tensor in content.items()}
     return State(settings, **arrays | {"offset": float(arrays["offset"])})
-
-
-def _plain(settings: ChromapSettings) -> dict[str, object]:
-    return dict(TypeAdapter(ChromapSettings).dump_python(settings, mode="json"))

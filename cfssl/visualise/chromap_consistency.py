@@ -41,10 +41,14 @@ def consistency(
         if views.masks is not None:
             classes = np.asarray(views.masks)[0].ravel()[places]
             for label in np.unique(classes).tolist():
-                name = (class_names or {}).get(label, f"class {label}")
-                entry["classes"][name] = _means(values, classes == label)
+                entry["classes"][class_name(label, class_names)] = _means(values, classes == label)
         found.append(entry)
     return found
+
+
+def class_name(label: int, names: Mapping[int, str] | None) -> str:
+    """What the figures call a class of the masks."""
+    return (names or {}).get(label, f"class {label}" if label else "background")
 
 
 def overall(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
