@@ -22,7 +22,7 @@ from cfssl.visualise.views import enlarge
 
 SMALLEST_TILE, WHEEL = 200, 190  # pixels
 DASHES = (0, 8, 3, 16)  # pixels of the pieces of a contour, a class each; 0 is an unbroken line
-JUST_SEEN = "0.02 is just seen side by side"
+JUST_SEEN = "a distance of 0.02 is just seen"
 REDUCERS = {"pca": "principal component", "lda": "discriminant", "umap": "UMAP coordinate"}
 
 
@@ -129,10 +129,8 @@ def explanation(state: State, has_measures: bool) -> list[str]:
         lines.append(f"Coordinates: {kind}s; distances between colours are not distances of embeddings.")
     lines.append(f"State {state.name}, seed {settings.seed}.")
     if has_measures:
-        lines.append(
-            f"cosine, colour: mean cosine of embeddings and mean OKLab distance of colours ({JUST_SEEN})\n"
-            "to the first view on the same pixels; in brackets at shuffled locations."
-        )
+        lines.append("Cosine of embeddings and OKLab distance of colours: means over the pixels that a view")
+        lines.append(f"shares with the first one ({JUST_SEEN}); in brackets at shuffled locations.")
     return lines
 
 

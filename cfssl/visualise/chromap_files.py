@@ -26,7 +26,7 @@ from cfssl.visualise.chromap import (
 )
 from cfssl.visualise.chromap_consistency import consistency, overall
 from cfssl.visualise.chromap_figure import Colours, as_bytes, draw_figure
-from cfssl.visualise.chromap_page import write_page
+from cfssl.visualise.chromap_page import Shown, write_page
 from cfssl.visualise.chromap_views import Views
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # the voxels of a coloured NIfTI
@@ -69,17 +69,17 @@ def chromaps(
         "explained": state.explained.tolist(),
         "images": {},
     }
-    overlays = []
+    shown = []
     for index, (views, spots, name) in enumerate(zip(images, places, names, strict=True)):
         foreground = views.foreground if views.foreground is not None else is_foreground(state, views.unit)
-        colours = Colours(colorize(state, spots, foreground), overlay(state, spots, views.images, foreground))
+        flat = colorize(state, spots, foreground)
+        colours = Colours(flat, overlay(state, spots, views.images, foreground))
         entries = consistency(state, views, class_names)
         report["images"][name] = entries
-        overlays.append(colours.overlay)
+        shown.append(Shown(name, views, colours.overlay, entries))
         stem = f"image-{index:03d}"
-        draw_figure(
-            folder / f"{stem}.png", state, views, colours, entries, class_names, f"CHRO-map of {name}"
-        )
+        title = f"CHRO-map of {name}"
+        draw_figure(folder / f"{stem}.png", state, views, colours, entries, class_names, title)
         arrays = {
             "coordinates": spots,
             "foreground": np.asarray(foreground, dtype=np.float32),
@@ -91,10 +91,9 @@ def chromaps(
         if len(views.size) == 3:
             _write_nifti(folder, stem, arrays, np.eye(4) if world is None else world)
     report["consistency"] = overall([entry for entries in report["images"].values() for entry in entries])
-    flat = [index for index, views in enumerate(images) if len(views.size) == 2][:page_images]
-    if flat:
-        shown = [[sequence[index] for index in flat] for sequence in (images, overlays, names)]
-        report["page"] = write_page(folder / "chromap.html", state, *shown, class_names=class_names)
+    on_page = [image for image in shown if len(image.views.size) == 2][:page_images]
+    if on_page:
+        report["page"] = write_page(folder / "chromap.html", state, on_page, class_names)
     write_json(folder / "chromap.json", report)
     return report
 

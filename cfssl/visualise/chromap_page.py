@@ -23,7 +23,7 @@ from cfssl.files import write_text
 from cfssl.seeds import numpy_generator
 from cfssl.visualise.cells import DASH
 from cfssl.visualise.chromap import State
-from cfssl.visualise.chromap_consistency import class_name, consistency
+from cfssl.visualise.chromap_consistency import class_name
 from cfssl.visualise.chromap_figure import as_bytes, color_wheel, explanation, measure, wheel_words
 from cfssl.visualise.chromap_views import Views, rows_of
 
@@ -42,6 +42,17 @@ class Codes:
     error: float
     largest_error: float
     median: float
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """An image on the page: its views (of two dimensions), their overlays (V, H, W, 3) in [0, 1], and what
+    `consistency` says of them."""
+
+    name: str
+    views: Views
+    overlay: np.ndarray
+    entries: Sequence[Mapping[str, Any]] = ()
 
 
 def encoded(rows: NDArray[np.float32]) -> Codes:
@@ -78,39 +89,40 @@ def _cosines(first: np.ndarray, second: np.ndarray) -> NDArray[np.float64]:
 def write_page(
     path: Path,
     state: State,
-    images: Sequence[Views],
-    overlays: Sequence[np.ndarray],
-    names: Sequence[str],
+    images: Sequence[Shown],
     class_names: Mapping[int, str] | None = None,
     title: str = "CHRO-map",
 ) -> dict[str, Any]:
-    """Writes the page and returns {"dimensions", "error", "largest_error", "bytes"} of its embeddings.
-    `overlays`: (V, H, W, 3) in [0, 1] per image. Raises `UserError` for volumes."""
-    if any(len(views.size) != 2 for views in images):
+    """Writes the page and returns {"dimensions", "error", "largest_error", "bytes"} of its embeddings. Raises
+    `UserError` for volumes."""
+    if any(len(image.views.size) != 2 for image in images):
         raise UserError("The page shows images of two dimensions; give slices of a volume as images.")
-    codes = encoded(np.concatenate([rows_of(views.unit) for views in images]))
+    codes = encoded(np.concatenate([rows_of(image.views.unit) for image in images]))
     views = [
         {
-            "image": name,
-            "view": one.name(view),
-            "width": one.size[1],
-            "height": one.size[0],
-            "grey": png(as_bytes(one.images[view])),
-            "colours": png(as_bytes(shown[view])),
+            "image": image.name,
+            "view": image.views.name(view),
+            "width": image.views.size[1],
+            "height": image.views.size[0],
+            "grey": png(as_bytes(image.views.images[view])),
+            "colours": png(as_bytes(image.overlay[view])),
         }
-        for name, one, shown in zip(names, images, overlays, strict=True)
-        for view in range(len(one))
+        for image in images
+        for view in range(len(image.views))
     ]
-    labels = [np.zeros(one.images.shape, np.uint8) if one.masks is None else one.masks for one in images]
-    classes = {} if all(one.masks is None for one in images) else _known_classes(labels, class_names)
+    masks = [image.views.masks for image in images]
+    labels = [
+        np.zeros(image.views.images.shape, np.uint8) if mask is None else mask.astype(np.uint8)
+        for image, mask in zip(images, masks, strict=True)
+    ]
     data = {
         "views": views,
         "dimensions": codes.values.shape[1],
-        "classes": classes,
+        "classes": {} if all(mask is None for mask in masks) else _known_classes(labels, class_names),
         "codes": base64.b64encode(codes.values.tobytes()).decode(),
-        "labels": base64.b64encode(np.concatenate([one.astype(np.uint8).ravel() for one in labels])).decode(),
+        "labels": base64.b64encode(b"".join(one.tobytes() for one in labels)).decode(),
     }
-    columns, measured = _measured(state, images, names, class_names)
+    columns, measured = _measured(images)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -121,7 +133,7 @@ def write_page(
         title=title,
         data=data,
         codes=codes,
-        channels=images[0].embeddings.shape[1],
+        channels=images[0].views.embeddings.shape[1],
         kilobytes=round(codes.values.nbytes / 1000),
         wheel=png(as_bytes(color_wheel(state))),
         wheel_words=wheel_words(state),
@@ -139,16 +151,10 @@ def write_page(
     }
 
 
-def _measured(
-    state: State, images: Sequence[Views], names: Sequence[str], class_names: Mapping[int, str] | None
-) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _measured(images: Sequence[Shown]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """View consistency as a table: the names of the classes, and a row per view with colour, cosine, and the
     cosine of every class."""
-    found = [
-        (f"{name}, {entry['view']}", entry)
-        for name, one in zip(names, images, strict=True)
-        for entry in consistency(state, one, class_names)
-    ]
+    found = [(f"{image.name}, {entry['view']}", entry) for image in images for entry in image.entries]
     classes = list(dict.fromkeys(name for _, entry in found for name in entry["classes"]))
     rows = []
     for name, entry in found:

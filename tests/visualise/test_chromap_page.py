@@ -13,7 +13,8 @@ from chromap_toys import CHANNELS, SIZE, some_views
 from cfssl.errors import UserError
 from cfssl.seeds import numpy_generator
 from cfssl.visualise.chromap import fit, overlay, transform
-from cfssl.visualise.chromap_page import encoded, write_page
+from cfssl.visualise.chromap_consistency import consistency
+from cfssl.visualise.chromap_page import Shown, encoded, write_page
 from cfssl.visualise.chromap_views import Views, similarity_map
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -59,8 +60,11 @@ def page(images: list[Views], tmp_path_factory: pytest.TempPathFactory) -> Itera
         pytest.skip("there is no Chromium: apt-get install chromium")
     path = tmp_path_factory.mktemp("page") / "chromap.html"
     state = fit(images)
-    overlays = [overlay(state, transform(state, views.unit), views.images) for views in images]
-    found = write_page(path, state, images, overlays, ["p1", "p2"], {1: "lung"})
+    shown = []
+    for name, views in zip(("p1", "p2"), images, strict=True):
+        colours = overlay(state, transform(state, views.embeddings), views.images)
+        shown.append(Shown(name, views, colours, consistency(state, views, {1: "lung"})))
+    found = write_page(path, state, shown, {1: "lung"})
     assert found["dimensions"] == CHANNELS  # none are left out, so that rounding alone is
     options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
     with api.sync_playwright() as play:
@@ -216,4 +220,4 @@ def test_text_is_legible_in_light_and_dark(page: Any, scheme: str) -> None:
 def test_a_volume_has_no_page(tmp_path: Path) -> None:
     volume = Views(np.ones((1, 4, 3, 5, 5)), np.ones((1, 3, 5, 5)))
     with pytest.raises(UserError, match="slices"):
-        write_page(tmp_path / "x.html", fit([volume]), [volume], [], [])
+        write_page(tmp_path / "x.html", fit([volume]), [Shown("v", volume, np.ones((1, 3, 5, 5, 3)))])
