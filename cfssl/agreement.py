@@ -5,15 +5,16 @@ from cfssl.data.plan import domain_counts
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest, quoted
 from cfssl.evaluate.evaluations import lacking
-from cfssl.evaluate.finetune import view_settings
-from cfssl.evaluate.settings import FineTuningSettings
+from cfssl.evaluate.finetune import schedule, view_settings
+from cfssl.evaluate.masked import labelled_rows, shares
+from cfssl.evaluate.settings import FineTuningSettings, SegmentSettings
 from cfssl.experiment import Recipe
 from cfssl.generators import FittedSettings, HVAESettings, create_generator
 from cfssl.generators.fitted import refuse_other_data
 from cfssl.generators.targets import AreaRuleSettings, area_specs
 from cfssl.measure import PredictorSettings, create_measure, rows_of_part
 from cfssl.models.backbone import check_backbone, check_size, create_backbone
-from cfssl.models.dense import Grid, create_dense
+from cfssl.models.dense import DecoderSettings, Grid, create_dense
 from cfssl.models.initial import check_initial
 from cfssl.objectives import coded_columns, known_attributes, labelling_masks
 from cfssl.objectives.dinov2 import DINOv2Settings, check_masking
@@ -79,6 +80,11 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
         if name not in table.mask_names
     ]
     for index, evaluation in enumerate(recipe.evaluate):
+        for name in evaluation.attributes:
+            known(f"evaluate[{index}].by", name, discrete)
+        if isinstance(evaluation, SegmentSettings):
+            mistakes += segment_mistakes(recipe, table, evaluation, table, f"evaluate[{index}]")
+            continue
         path = f"evaluate[{index}].target"
         known(path, evaluation.target, discrete)
         attribute = table.attributes.get(evaluation.target)
@@ -87,8 +93,6 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
                 f"{path} = {evaluation.target!r}: {reason}; every category is needed in every split"
                 for reason in lacking(table, evaluation.target)
             ]
-        for name in evaluation.by:
-            known(f"evaluate[{index}].by", name, discrete)
         if isinstance(evaluation, FineTuningSettings):
             mistakes += tuning_mistakes(recipe, table, evaluation, table)
     if recipe.monitor is not None and recipe.monitor.target is not None:
@@ -126,6 +130,15 @@ def check_external(recipe: Recipe, table: ImageTable, name: str, external: Image
     for evaluation in recipe.evaluate:
         if name not in evaluation.external:
             continue
+        mistakes += [
+            f"it has no discrete attribute {by!r}, by which {evaluation.label} forms groups"
+            f"{nearest(by, external.attributes)}; evaluate it without"
+            for by in evaluation.attributes
+            if by not in external.attributes or not external.attributes[by].categories
+        ]
+        if isinstance(evaluation, SegmentSettings):
+            mistakes += segment_mistakes(recipe, table, evaluation, external, evaluation.label)
+            continue
         target, of = evaluation.target, external.attributes.get(evaluation.target)
         wanted = table.attributes[target].categories
         if of is None:
@@ -142,12 +155,6 @@ def check_external(recipe: Recipe, table: ImageTable, name: str, external: Image
             ]
         if isinstance(evaluation, FineTuningSettings):
             mistakes += tuning_mistakes(recipe, table, evaluation, external)
-        mistakes += [
-            f"it has no discrete attribute {by!r}, by which {evaluation.label} forms groups"
-            f"{nearest(by, external.attributes)}; evaluate it without"
-            for by in evaluation.by
-            if by not in external.attributes or not external.attributes[by].categories
-        ]
     if mistakes:
         lines = "".join(f"\n  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise UserError(
@@ -155,8 +162,31 @@ def check_external(recipe: Recipe, table: ImageTable, name: str, external: Image
         )
 
 
+def segment_mistakes(
+    recipe: Recipe, table: ImageTable, settings: SegmentSettings, tuned: ImageTable, path: str
+) -> list[str]:
+    """What keeps the structures of `settings` from being segmented in `tuned` by the encoder of `table`."""
+    if unknown := [name for name in settings.structures if name not in tuned.mask_names]:
+        return [
+            f"{path}.structures = {name!r}: no such mask{nearest(name, tuned.mask_names)}" for name in unknown
+        ]
+    found = tuning_mistakes(recipe, table, settings, tuned)
+    try:
+        if not len(labelled_rows(tuned, settings.labelled, "test")):
+            found.append(f"{path}: no test image of {tuned.name} has masks")
+        for fold in range(settings.folds):
+            rows = shares(settings, tuned, min(settings.fractions), settings.seeds[0], fold)
+            schedule(settings, len(rows.train), settings.seeds[0])
+        channels, size = recipe.views.shape(table.images.shape)
+        encoder = create_backbone(recipe.backbone, channels, size, seed=0)
+        create_dense(encoder, settings.decoder or DecoderSettings(), channels, seed=0)
+    except UserError as error:
+        found.append(f"{path}: {error}")
+    return found
+
+
 def tuning_mistakes(
-    recipe: Recipe, table: ImageTable, settings: FineTuningSettings, tuned: ImageTable
+    recipe: Recipe, table: ImageTable, settings: FineTuningSettings | SegmentSettings, tuned: ImageTable
 ) -> list[str]:
     """What keeps the encoder of `table` from being fine-tuned on the images of `tuned`."""
     try:

@@ -7,6 +7,8 @@ from rich.text import Text
 
 from cfssl.data.datasets import TableSettings, check_files
 from cfssl.data.table import SPLITS, ImageTable
+from cfssl.evaluate.settings import SegmentSettings
+from cfssl.experiment import AnyEvaluation
 from cfssl.files import read_json
 from cfssl.models.initial import described
 from cfssl.pipeline import Pipeline
@@ -53,7 +55,7 @@ def describe(job: Pipeline) -> None:
 def external_of(job: Pipeline, name: str, table: ImageTable) -> Table:
     """Images per split of an external set, as its evaluations see them."""
     asked = [evaluation for evaluation in job.recipe.evaluate if name in evaluation.external]
-    names = dict.fromkeys(of for evaluation in asked for of in (evaluation.target, *evaluation.by))
+    names = dict.fromkeys(name for evaluation in asked for name in asked_for(evaluation))
     shown = splits_of(table, list(names))
     size = " x ".join(map(str, table.images.shape))
     shown.title = f"External set {name}: {table.name}, {len(table)} images of {size}"
@@ -82,9 +84,15 @@ def attributes_of(table: ImageTable) -> Table:
 
 def grouped_by(job: Pipeline) -> list[str]:
     """The discrete attributes that the recipe evaluates by, targets or intervenes on."""
-    names = [name for evaluation in job.recipe.evaluate for name in (evaluation.target, *evaluation.by)]
+    names = [name for evaluation in job.recipe.evaluate for name in asked_for(evaluation)]
     names += [name for name in job.recipe.bank.variables if job.table.attributes[name].categories]
     return list(dict.fromkeys(names))
+
+
+def asked_for(evaluation: AnyEvaluation) -> tuple[str, ...]:
+    """The discrete attributes of an evaluation."""
+    target = () if isinstance(evaluation, SegmentSettings) else (evaluation.target,)
+    return *target, *evaluation.attributes
 
 
 def splits_of(table: ImageTable, names: list[str]) -> Table:

@@ -1,6 +1,6 @@
 """The evaluations of a recipe's encoder: stages that follow from it and that nothing else depends on.
 
-    encoder -> features, or fine-tuned classifiers -> evaluations -> results beside the report
+    encoder -> features, fine-tuned classifiers or segmenters -> evaluations -> results beside the report
     external tables -´
 
 An external set is evaluated in two ways. Its own classifier is fitted on its training rows, chosen on its
@@ -9,7 +9,7 @@ and chosen on the recipe's table and asked, unchanged, about the external test r
 happen if it were used there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from cfssl.agreement import check_external
 from cfssl.data.datasets import MorphoMNISTSettings, TableSettings
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import Run
+from cfssl.evaluate.best import tuning_protocol
 from cfssl.evaluate.evaluations import (
     Classifier,
     Question,
@@ -33,15 +34,18 @@ from cfssl.evaluate.evaluations import (
 )
 from cfssl.evaluate.external import compared
 from cfssl.evaluate.features import extract, load_features, save_features
-from cfssl.evaluate.finetune import finetune, load_tuned, tuned_scores, tuning_protocol
-from cfssl.evaluate.settings import FineTuningSettings
+from cfssl.evaluate.finetune import finetune, load_tuned, tuned_scores
+from cfssl.evaluate.segment import Origin
+from cfssl.evaluate.settings import FineTuningSettings, ProbeSettings, SegmentSettings
 from cfssl.evaluate.spread import over_seeds
 from cfssl.experiment import AnyEvaluation, DataSettings
-from cfssl.files import read_json, write_json
+from cfssl.files import copy_file, read_json, write_json
 from cfssl.production import Production
 from cfssl.provenance import git_state
+from cfssl.segmentation import Segmentations
 from cfssl.stages import CLASSIFIER_CODE, EVALUATION_CODE, EXTERNAL_CODE, FEATURE_CODE, Stage
 
+OVERLAYS = "overlays.png"
 Way = Literal["own", "transferred"]
 
 
@@ -68,7 +72,8 @@ class Trial:
 
 class Evaluation:
     """`table` and `encoder`: open the prepared table and the trained encoder when they are first needed; the
-    keys are those of their stages. `folder`: where results are written for people to find."""
+    keys are those of their stages. `origins`: what segmentations start from, and `origin_keys` their content
+    keys. `folder`: where results are written for people to find."""
 
     def __init__(
         self,
@@ -78,10 +83,15 @@ class Evaluation:
         encoder_key: str,
         table: Callable[[], ImageTable],
         encoder: Callable[[], nn.Module],
+        origins: Mapping[str, Callable[[], Origin]],
+        origin_keys: Mapping[str, Any],
     ) -> None:
         self.production, self.recipe, self.folder = production, production.recipe, folder
         self.table_key, self.encoder_key = table_key, encoder_key
         self._table, self._encoder = table, encoder
+        self.segmentations = Segmentations(
+            production, origins, origin_keys, lambda: (self.size, self.recipe.views.border)
+        )
 
     @property
     def trials(self) -> list[Trial]:
@@ -119,24 +129,28 @@ class Evaluation:
         keys = self.encoder_key, self.table_key_of(trial.fitted), self.recipe.hardware.precision
         return self.production.stage("classifier", section, fraction, seed, *keys, code=CLASSIFIER_CODE)
 
-    def classifier_stages(self, trial: Trial) -> list[Stage]:
-        """None where the encoder stays frozen."""
+    def network_stages(self, trial: Trial) -> list[Stage]:
+        """Of fine-tuned classifiers or segmenters; none where features are asked."""
+        if isinstance(trial.settings, SegmentSettings):
+            return self.segmentations.stages(
+                trial.settings, self._section(trial), self.table_key_of(trial.fitted)
+            )
         if not isinstance(trial.settings, FineTuningSettings):
             return []
         return [self.classifier_stage(trial, *subset) for subset in subsets(trial.settings)]
 
     def features_stages(self, trial: Trial) -> list[Stage]:
-        """None where the encoder is fine-tuned."""
-        if isinstance(trial.settings, FineTuningSettings):
+        """None where networks are trained."""
+        if not isinstance(trial.settings, ProbeSettings):
             return []
         names = dict.fromkeys((trial.fitted, trial.external))
         return [self.features_stage(name) for name in names]
 
     def stage(self, trial: Trial) -> Stage:
         """Two recipes share an evaluation that fits and asks the same, whatever they call the table."""
-        inputs = self.classifier_stages(trial) or self.features_stages(trial)
+        inputs = self.network_stages(trial) or self.features_stages(trial)
         keys = [*(stage.key for stage in inputs)]
-        if isinstance(trial.settings, FineTuningSettings):
+        if not isinstance(trial.settings, ProbeSettings):
             keys.append(self.table_key_of(trial.external))
         return self.production.stage("evaluation", self._section(trial), *keys, code=EVALUATION_CODE)
 
@@ -149,7 +163,7 @@ class Evaluation:
         """All stages that follow from the encoder, and those of external tables, in order."""
         found = [self.production.table_stage(settings) for settings in self.recipe.external.values()]
         found += [self.external_stage(name) for name in self.recipe.external]
-        for inputs in (self.features_stages, self.classifier_stages):
+        for inputs in (self.features_stages, self.network_stages):
             found += [stage for trial in self.trials for stage in inputs(trial)]
         found += [self.stage(trial) for trial in self.trials]
         return list(dict.fromkeys(found))
@@ -196,7 +210,8 @@ class Evaluation:
         return load_features(stage.product)
 
     def classifier(self, trial: Trial) -> Classifier:
-        """What is asked in a trial."""
+        """What is asked in a trial of classes."""
+        assert not isinstance(trial.settings, SegmentSettings)
         if isinstance(trial.settings, FineTuningSettings):
             return self._tuned(trial, trial.settings)
         return probe(trial.settings, self.features(trial.fitted), self.features(trial.external))
@@ -217,7 +232,8 @@ class Evaluation:
             run = Run(stage.folder)
             run.checkpoint_path.unlink(missing_ok=True)
             network, how = load_tuned(stage.product, encoder, asked.classes)
-            return tuned_scores(network, tested, asked.test, *sight), tuning_protocol(how, run)
+            classifier = {"classifier": "encoder and linear head, trained together on augmented views"}
+            return tuned_scores(network, tested, asked.test, *sight), classifier | tuning_protocol(how, run)
 
         return classify
 
@@ -226,15 +242,14 @@ class Evaluation:
         several seeds; those of evaluations that the recipe no longer has are removed from there."""
         results: list[dict[str, Any]] = []
         labels = {trial.label for trial in self.trials}
-        for file in self.folder.glob("*-*.json"):
+        for file in [*self.folder.glob("*-*.json"), *self.folder.glob("segment-*.png")]:
             if file.stem.removesuffix("-seeds") not in labels:
                 file.unlink()
         for trial in self.trials:
             stage = self.stage(trial)
 
             def make(folder: Path, trial: Trial = trial, product: Path = stage.product) -> None:
-                tables = self.table_of(trial.fitted), self.table_of(trial.external)
-                found, scores = evaluate(trial.settings, tables[0], self.classifier(trial), tables[1])
+                found, scores = self._asked(trial, folder)
                 save_scores(folder / "scores.npz", scores)
                 made_by = {"encoder": self.encoder_key, "git": git_state()}
                 write_json(product, [{**result, **made_by} for result in found])
@@ -246,12 +261,26 @@ class Evaluation:
                 own |= {"external": trial.external, "way": trial.way, "compared_with_training": seen}
             found = [{**result, **own} for result in read_json(stage.product)]
             write_json(self.folder / f"{trial.label}.json", found)
+            if isinstance(trial.settings, SegmentSettings):
+                copy_file(stage.folder / OVERLAYS, self.overlays(trial))
             summary = self.folder / f"{trial.label}-seeds.json"
             summary.unlink(missing_ok=True)
             if of_seeds := over_seeds(found):
                 write_json(summary, of_seeds)
             results += found
         return results
+
+    def _asked(self, trial: Trial, folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """Results of a trial and the arrays behind them; pictures go to `folder`."""
+        fitted, tested = self.table_of(trial.fitted), self.table_of(trial.external)
+        if not isinstance(trial.settings, SegmentSettings):
+            return evaluate(trial.settings, fitted, self.classifier(trial), tested)
+        key, section = self.table_key_of(trial.fitted), self._section(trial)
+        return self.segmentations.evaluated(trial.settings, section, key, fitted, tested, folder / OVERLAYS)
+
+    def overlays(self, trial: Trial) -> Path:
+        """The best, middle and worst cases of a segmentation, for people to find."""
+        return self.folder / f"{trial.label}.png"
 
     def scores(self, label: str) -> dict[str, np.ndarray]:
         """The test scores behind the trial `label`, for paired comparisons: see `evaluations.evaluate`."""

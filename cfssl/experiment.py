@@ -18,7 +18,13 @@ from cfssl.data.views import ViewSettings
 from cfssl.engine.loop import TrainSettings
 from cfssl.engine.run import HardwareSettings
 from cfssl.errors import nearest
-from cfssl.evaluate.settings import AuditSettings, FineTuningSettings, MonitorSettings, ProbeSettings
+from cfssl.evaluate.settings import (
+    AuditSettings,
+    FineTuningSettings,
+    MonitorSettings,
+    ProbeSettings,
+    SegmentSettings,
+)
 from cfssl.generators import FittedSettings, GeneratorSettings, HVAESettings
 from cfssl.generators.finetune import FinetuneSettings
 from cfssl.measure import PredictorSettings, SegmentorSettings
@@ -28,7 +34,7 @@ from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_v
 from cfssl.objectives.simclr import SimCLRSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
-AnyEvaluation = ProbeSettings | FineTuningSettings
+AnyEvaluation = ProbeSettings | FineTuningSettings | SegmentSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -181,7 +187,16 @@ def evaluation_problems(recipe: Recipe) -> list[str]:
         found.append(
             f"evaluate holds {repeated} more than once; merge them or change their target or fraction"
         )
+    segmented: dict[tuple[str, str], int] = {}
     for index, evaluation in enumerate(recipe.evaluate):
+        if isinstance(evaluation, SegmentSettings):
+            for name in evaluation.structures:
+                first = segmented.setdefault((name, evaluation.variant), index)
+                if first != index or evaluation.structures.count(name) > 1:
+                    found.append(
+                        f"evaluate[{index}].structures names {name!r}, which evaluate[{first}] segments in "
+                        "the same way; name each structure once"
+                    )
         for name in evaluation.external:
             if name not in recipe.external:
                 found.append(

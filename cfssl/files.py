@@ -114,6 +114,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copies the file `source` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises `UserError` when it is missing or broken."""
     try:

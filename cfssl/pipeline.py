@@ -1,7 +1,7 @@
 """The stages of a recipe, in order, each kept under the key of everything it depends on.
 
-    table -> generator -> bank -> encoder -> features -> evaluations -> report
-             `-- generation.py --'           `--- evaluation.py ---'
+    table -> generator -> bank -> encoder -> features, networks -> evaluations -> report
+             `-- generation.py --'           `-- evaluation.py, segmentation.py --'
 
 The key of a stage = hash(its section of the recipe + keys of its inputs + code version of its rooms). A stage
 lives in `RUNS/stages/<stage>-<key>/` and is finished when its `done.json` is there; recipes that agree up to
@@ -25,10 +25,12 @@ from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
 from cfssl.evaluate.monitor import Monitor
+from cfssl.evaluate.segment import Origin
 from cfssl.evaluation import Evaluation
 from cfssl.experiment import Recipe
 from cfssl.files import write_json
 from cfssl.generation import Generation
+from cfssl.models.dense import DenseNetwork
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.models.initial import described, hold_backbone, init_key, initial_encoder
 from cfssl.objectives import (
@@ -56,8 +58,16 @@ class Pipeline:
         self.production = Production(recipe, runs, quiet)
         self.generation = Generation(self.production, self.table_stage.key, lambda: self.table)
         keys = self.table_stage.key, self.encoder_stage.key
+        origins = {"pretrained": self.pretrained, "initial": self.initial}
+        origin_keys = {"pretrained": self.encoder_stage.key, "initial": self.initial_key}
         self.evaluation = Evaluation(
-            self.production, self.folder, *keys, lambda: self.table, lambda: self.encoder
+            self.production,
+            self.folder,
+            *keys,
+            lambda: self.table,
+            lambda: self.encoder,
+            origins,
+            origin_keys,
         )
 
     @cached_property
@@ -113,6 +123,28 @@ class Pipeline:
         channels, size = recipe.views.shape(self.table.images.shape)
         init, any_size = None if self.encoder_stage.done else recipe.init, recipe.views.local is not None
         return initial_encoder(recipe.backbone, init, channels, size, recipe.train.seed, any_size)
+
+    @property
+    def initial_key(self) -> list[Any]:
+        """What decides about the encoder before training."""
+        recipe = self.recipe
+        views = recipe.views.size, recipe.views.border, recipe.views.local is not None
+        return [recipe.section("backbone"), init_key(recipe.init), recipe.train.seed, *views]
+
+    def initial(self) -> Origin:
+        """The encoder as it is before training, also after it."""
+        recipe = self.recipe
+        channels, size = recipe.views.shape(self.table.images.shape)
+        any_size = recipe.views.local is not None
+        encoder, _ = initial_encoder(
+            recipe.backbone, recipe.init, channels, size, recipe.train.seed, any_size
+        )
+        return Origin(encoder.to(recipe.hardware.device))
+
+    def pretrained(self) -> Origin:
+        """The trained encoder, and where the objective trains a decoder on it, that too."""
+        network = getattr(self.objective, "network", None)
+        return Origin(self.encoder, network if isinstance(network, DenseNetwork) else None)
 
     def new_objective(self) -> nn.Module:
         """The objective as it is before training: the same weights for every recipe with this backbone, init,

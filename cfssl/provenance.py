@@ -17,6 +17,7 @@ LIBRARIES = (
     "torch",
     "timm",
     "lightly",
+    "monai",
     "albumentations",
     "lightning-fabric",
     "numpy",

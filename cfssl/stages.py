@@ -90,11 +90,16 @@ EVALUATION_CODE = (
     "evaluate/probe.py",
     "evaluate/knn.py",
     "evaluate/bootstrap.py",
+    "evaluate/grouped.py",
     "evaluate/groups.py",
     "evaluate/metrics.py",
     "evaluate/choice.py",
+    "evaluate/contours.py",
+    "evaluate/masked.py",
+    "evaluate/segmented.py",
 )
 CLASSIFIER_CODE = (
+    "evaluate/best.py",
     "evaluate/choice.py",
     "evaluate/evaluations.py",
     "evaluate/features.py",
@@ -107,6 +112,14 @@ CLASSIFIER_CODE = (
     "data/views.py",
     "models",
     *TRAINING_CODE,
+)
+SEGMENTER_CODE = (
+    "evaluate/contours.py",
+    "evaluate/grouped.py",
+    "evaluate/masked.py",
+    "evaluate/segment.py",
+    "objectives/segmentation.py",
+    *CLASSIFIER_CODE,
 )
 EXTERNAL_CODE = ("evaluate/external.py",)
 AUDIT_CODE = (
@@ -129,6 +142,7 @@ PRODUCTS = {
     "features": "features.npy",
     "external": "external.json",
     "classifier": "classifier.safetensors",
+    "segmenter": "segmenter.safetensors",
     "evaluation": "result.json",
     "audit": "audit.json",
     "scores": "scores.npz",

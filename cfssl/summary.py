@@ -10,14 +10,11 @@ import numpy as np
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import read_metrics
 from cfssl.errors import UserError
-from cfssl.evaluate.groups import (
-    paired_difference,
-    paired_gap,
-    paired_mean_of_groups,
-    paired_worst_group,
-)
+from cfssl.evaluate.grouped import Arms, labels_of, mean_of, name_of
+from cfssl.evaluate.groups import classification_arms
 from cfssl.evaluate.monitor import first_warnings
-from cfssl.evaluate.settings import EvaluationSettings
+from cfssl.evaluate.segmented import targets
+from cfssl.evaluate.settings import ClassificationSettings, EvaluationSettings, SegmentSettings
 from cfssl.pipeline import Pipeline
 from cfssl.provenance import environment
 from cfssl.sheets import audited_sheet, bank_sheet
@@ -64,6 +61,7 @@ def compare(
     training_curves(curves, {name: job.metrics_path for name, job in jobs.items()})
     captions = [caption(list(jobs.values())) for caption in (curves_caption, monitor_caption)]
     pictures.append(Picture("Training", " ".join(filter(None, captions)), curves))
+    pictures += [picture for name, job in jobs.items() for picture in overlays(name, job)]
     describe = descriptions or {}
     arms = [Arm(name, describe.get(name, ""), results[name]) for name in jobs]
     record = environment()
@@ -82,6 +80,19 @@ def compare(
     subtitle = f"{shown.table.name}, {len(shown.table)} images of {size}"
     write_report(Report(title, subtitle, pictures, arms, differences(jobs), provenance, recipe), page)
     return page
+
+
+def overlays(arm: str, job: Pipeline) -> list[Picture]:
+    """The sheet of every segmentation of an arm."""
+    found = []
+    for trial in job.evaluation.trials:
+        if isinstance(trial.settings, SegmentSettings):
+            title = f"Segmentation: {arm}, {trial.label.removeprefix('segment-')}"
+            caption = (
+                "Test images with the best, median and worst Dice, with the most labels and the first seed."
+            )
+            found.append(Picture(title, caption, job.evaluation.overlays(trial)))
+    return found
 
 
 def curves_caption(jobs: Sequence[Pipeline]) -> str:
@@ -122,10 +133,12 @@ def differences(jobs: Mapping[str, Pipeline]) -> list[dict[str, Any]]:
                 arms = job.evaluation.scores(trial.label), first.evaluation.scores(trial.label)
                 table = first.evaluation.table_of(trial.external)
                 where = f" on {trial.external} ({trial.way})" if trial.external else ""
-                found += [
-                    {"name": f"{name} {MINUS} {reference}", **entry}
-                    for entry in differences_of(trial.settings, table, *arms, where)
-                ]
+                compared = (
+                    mask_differences_of(trial.settings, table, *arms, where)
+                    if isinstance(trial.settings, SegmentSettings)
+                    else differences_of(trial.settings, table, *arms, where)
+                )
+                found += [{"name": f"{name} {MINUS} {reference}", **entry} for entry in compared]
     return found
 
 
@@ -137,8 +150,60 @@ def same_rows(one: Pipeline, other: Pipeline, external: str | None) -> bool:
     return all(len(fingerprints) == 1 for fingerprints in tables)
 
 
+def mask_differences_of(
+    settings: SegmentSettings,
+    table: ImageTable,
+    arrays: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    on: str = "",
+) -> list[dict[str, Any]]:
+    """As `differences_of`, of the Dice of every structure and of their mean."""
+    names = {seed: f"dice-{max(settings.fractions):g}-{seed}" for seed in settings.seeds}
+    seeds = [seed for seed, name in names.items() if name in arrays and name in reference]
+    if not seeds:
+        return []
+    test = table.frame.iloc[reference["row"]]
+    patients = None if table.group is None else test[table.group].to_numpy()
+    found = []
+    for target, columns in targets(settings):
+        a, b = (
+            [mean_of(of[names[seed]][:, columns].mean(1)) for seed in seeds] for of in (arrays, reference)
+        )
+        arms = Arms(a, b, len(test), lambda _: "", patients=patients, resamples=settings.resamples)
+        groups = {name_of(grouping): labels_of(test, grouping) for grouping in settings.by}
+        variant = f" ({settings.variant})" if settings.variant else ""
+        what = f"{titled(settings.name)} of {target}{variant}{on}{labels_used(settings, seeds)}"
+        about = {"unit": "Dice", "seeds_of": "downstream"}
+        found += [
+            {"of": f"{what}, {where}", **about, **entry} for where, entry in everywhere(arms, groups).items()
+        ]
+    return found
+
+
+def everywhere(arms: Arms, groups: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The differences of two arms on all rows, and of every grouping the mean over its groups, the worst and
+    the gap."""
+    found = {"all": arms.overall()}
+    for grouping, labels in groups.items():
+        worst = arms.worst_group(labels)
+        if worst["groups"]:
+            mean = arms.mean_of_groups(labels, worst["groups"])
+            found[f"mean over {grouping} {', '.join(worst['groups'])}"] = mean
+        found[f"each arm's worst {grouping}"] = worst
+        found[f"gap between each arm's best and worst {grouping}"] = arms.gap(labels)
+    return found
+
+
+def labels_used(settings: EvaluationSettings, seeds: Sequence[int]) -> str:
+    """The largest label fraction and its seeds, where there is a choice."""
+    fraction = max(settings.fractions)
+    which = f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+    share = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
+    return share + (which if fraction < 1 or len(seeds) > 1 else "")
+
+
 def differences_of(
-    settings: EvaluationSettings,
+    settings: ClassificationSettings,
     table: ImageTable,
     arrays: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
@@ -155,22 +220,9 @@ def differences_of(
     arms = [arrays[names[seed]] for seed in seeds], [reference[names[seed]] for seed in seeds]
     test, resamples = table.frame.iloc[reference["row"]], settings.resamples
     patients = None if table.group is None else test[table.group].to_numpy()
-    found = {"all": paired_difference(y, *arms, patients=patients, resamples=resamples)}
-    for grouping in settings.by:
-        labels = test[grouping].to_numpy()
-        worst = paired_worst_group(y, *arms, labels, patients=patients, resamples=resamples)
-        if worst["groups"]:
-            found[f"mean over {grouping} {', '.join(worst['groups'])}"] = paired_mean_of_groups(
-                y, *arms, labels, worst["groups"], patients=patients, resamples=resamples
-            )
-        found[f"each arm's worst {grouping}"] = worst
-        found[f"gap between each arm's best and worst {grouping}"] = paired_gap(
-            y, *arms, labels, patients=patients, resamples=resamples
-        )
-    labels_used = "" if fraction == 1 else f", {100 * fraction:g} % of the labels"
-    which = f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
-    labels_used += which if fraction < 1 or len(seeds) > 1 else ""
-    what = f"{titled(settings.name)} of {settings.target}{on}{labels_used}"
+    groups = {name_of(grouping): labels_of(test, grouping) for grouping in settings.by}
+    found = everywhere(classification_arms(y, *arms, patients=patients, resamples=resamples), groups)
+    what = f"{titled(settings.name)} of {settings.target}{on}{labels_used(settings, seeds)}"
     about = {"unit": "AUC", "seeds_of": "downstream"}
     return [{"of": f"{what}, {where}", **about, **entry} for where, entry in found.items()]
 
@@ -197,9 +249,10 @@ def print_result(result: Mapping[str, Any]) -> None:
     metric = result["metrics"][0]
     share = result["protocol"]["label_fraction"]
     where = f" on {result['external']} ({result['way']})" if "external" in result else ""
+    variant = f" ({result['variant']})" if result.get("variant") else ""
     print(
-        f"{result['evaluation']} of {result['target']}{where}, {share:.0%} of the labels, {metric} with 95 % "
-        "intervals"
+        f"{result['evaluation']} of {result['target']}{variant}{where}, {share:.0%} of the labels, {metric} "
+        "with 95 % intervals"
     )
     print(f"  {'all':<24}{_value(result['overall'][metric])}  n {result['overall']['n']}")
     for grouping, content in result["groups"].items():

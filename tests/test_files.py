@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cfssl.files import atomic_folder, atomic_path, made_folders, write_json
+from cfssl.files import atomic_folder, atomic_path, copy_file, made_folders, write_json
 from cfssl.writers import WEEK, machine
 
 
@@ -135,3 +135,11 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert names(tmp_path) == ["a.json"]
     assert (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
+
+
+def test_a_copy_is_whole_and_replaces_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"older")
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"new"
+    assert names(tmp_path) == ["a", "b"]

@@ -27,6 +27,7 @@ FLOORS = [
     {"experiment"},
     {"recipe"},
     {"agreement", "production"},
+    {"segmentation"},
     {"generation", "evaluation"},
     {"pipeline"},
     {"check", "sheets"},

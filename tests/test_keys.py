@@ -115,6 +115,7 @@ ABROAD = PHANTOM | {
     "evaluate": [
         {"name": "knn", "target": "disease", "external": ["near"]},
         {"name": "finetune", "target": "scanner", "external": ["far"]},
+        {"name": "segment", "structures": ["left_lung"], "decoder": {}},
     ],
 }
 TABLE: dict[str, Any] = {
@@ -234,6 +235,12 @@ OTHERS: dict[str, Any] = {
     "evaluate.0.fractions": [0.5],
     "evaluate.0.seeds": [1],
     "evaluate.0.external": ["near", "far"],
+    "evaluate.0.structures": ["right_lung"],
+    "evaluate.0.labelled": "all",
+    "evaluate.0.start": "initial",
+    "evaluate.0.learns": "decoder",
+    "evaluate.0.decoder.widths": [8, 8, 8, 8, 8],
+    "evaluate.0.decoder.norm": "instance",
     "hardware.precision": "bf16-mixed",
 }
 ALONG = {  # what has to change with it
@@ -251,6 +258,7 @@ NAMED = "data", "generator", "generator.network", "objective", "external.near", 
 CHOICES = {f"{section}.name" for section in NAMED} | {
     "finetune.rules.1.name",
     "evaluate.1.name",
+    "evaluate.2.name",
 }  # of the section's class
 TOGETHER = {
     "generator",

@@ -16,11 +16,12 @@ from scipy.special import expit
 
 from cfssl.data.table import SPLITS, ImageTable
 from cfssl.errors import UserError, quoted
+from cfssl.evaluate.grouped import labels_of, name_of
 from cfssl.evaluate.groups import report
 from cfssl.evaluate.knn import TEMPERATURE, knn
 from cfssl.evaluate.metrics import MetricName
 from cfssl.evaluate.probe import linear_probe, subset_labels
-from cfssl.evaluate.settings import EvaluationSettings, ProbeSettings
+from cfssl.evaluate.settings import ClassificationSettings, EvaluationSettings, ProbeSettings
 from cfssl.files import atomic_path
 
 BOOTSTRAP = "percentile bootstrap (basic, of calibration errors)"
@@ -64,7 +65,7 @@ def lacking(table: ImageTable, target: str, splits: Iterable[str] = SPLITS) -> l
 
 
 def evaluate(
-    settings: EvaluationSettings,
+    settings: ClassificationSettings,
     table: ImageTable,
     classify: Classifier,
     tested: ImageTable | None = None,
@@ -90,8 +91,8 @@ def evaluate(
     test = tested.frame.iloc[rows["test"]]
     unit = "images" if tested.group is None else f"images, whole groups ({tested.group}) at a time"
     patients = None if tested.group is None else test[tested.group].to_numpy()
-    strata = table.frame[settings.by[0]].iloc[rows["train"]].to_numpy() if settings.by else None
-    groups = {name: test[name].to_numpy() for name in settings.by}
+    strata = labels_of(table.frame.iloc[rows["train"]], settings.by[0]) if settings.by else None
+    groups = {name_of(grouping): labels_of(test, grouping) for grouping in settings.by}
     results, arrays = [], {"row": rows["test"], "y": y["test"]}
     for fraction, seed in subsets(settings):
         kept = subset_labels(y["train"], strata, fraction, seed)
@@ -144,8 +145,8 @@ def evaluate(
 
 
 def subsets(settings: EvaluationSettings) -> list[tuple[float, int]]:
-    """(label fraction, seed) of every classifier. With all labels a probe has nothing to redraw."""
-    first = settings.seeds if settings.name == "finetune" else settings.seeds[:1]
+    """(label fraction, seed) of every network or probe. With all labels a probe has nothing to redraw."""
+    first = settings.seeds if settings.name in ("finetune", "segment") else settings.seeds[:1]
     return [
         (fraction, seed)
         for fraction in settings.fractions
@@ -181,11 +182,14 @@ def probabilities(name: str, scores: np.ndarray) -> np.ndarray:
     return scores if name == "knn" else expit(scores)
 
 
-def choice_of(setting: str, chosen: float, grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How a setting was chosen; at an edge of its grid a value outside might have been better."""
+def choice_of(
+    setting: str, chosen: float, grid: Sequence[dict[str, Any]], figure: str = "AUC"
+) -> dict[str, Any]:
+    """How a setting was chosen by the validation rows' `figure`; at an edge of its grid a value outside might
+    have been better."""
     return {
         setting: chosen,
-        f"{setting}_chosen_on": "validation AUC",
+        f"{setting}_chosen_on": f"validation {figure}",
         f"{setting}_at_edge_of_grid": chosen in (grid[0][setting], grid[-1][setting]),
         f"{setting}_grid": list(grid),
     }

@@ -11,7 +11,6 @@ pre-training while only the head does (`head_first`), and is in eval mode whenev
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,21 @@ from torch import nn
 
 from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewBatch, ViewData, ViewSettings
-from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
-from cfssl.engine.loop import Observation, TrainSettings, fit
-from cfssl.engine.run import Run, read_metrics
+from cfssl.engine.checkpoint import load_checkpoint
+from cfssl.engine.loop import TrainSettings, fit
+from cfssl.engine.run import Run
 from cfssl.errors import UserError
-from cfssl.evaluate.evaluations import Question, choice_of
+from cfssl.evaluate.best import Best
+from cfssl.evaluate.evaluations import Question
 from cfssl.evaluate.features import extract
 from cfssl.evaluate.metrics import auc, once
 from cfssl.evaluate.probe import log_odds
-from cfssl.evaluate.settings import FineTuningSettings
+from cfssl.evaluate.settings import FineTuningSettings, SegmentSettings
 from cfssl.models.backbone import feature_size
 from cfssl.models.heads import linear_head
 from cfssl.seeds import derive_seed
+
+Tuned = FineTuningSettings | SegmentSettings
 
 
 class Labelled:
@@ -82,31 +84,6 @@ class FineTuning(nn.Module):
         """Nothing is averaged."""
 
 
-class Choice:
-    """An observer of the training loop: scores the validation rows of `asked` every so many steps, and writes
-    the network to `path` whenever it is better than ever before, with `how` it came about. `scores(network,
-    rows)`: log-odds."""
-
-    def __init__(
-        self, network: nn.Module, scores: Any, asked: Question, every: int, run: Run, path: Path, how: Any
-    ) -> None:
-        self.network, self.scores, self.asked, self.every = network, scores, asked, every
-        self.run, self.path, self.how = run, path, how
-
-    def __call__(self, step: int) -> Observation:
-        found = once(auc, self.asked.val_y, self.scores(self.network, self.asked.val))
-        found = float(f"{found:.6g}")  # as it is read again after an interruption
-        if all(found > earlier["val_auc"] for earlier in checks_of(self.run)):
-            save_checkpoint(self.path, {"network": self.network.state_dict(), "how": self.how})
-        return Observation({"val_auc": found})
-
-
-def checks_of(run: Run) -> list[dict[str, Any]]:
-    """The lines of the run's metrics that tell of the validation rows."""
-    lines = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
-    return [line for line in lines if "val_auc" in line]
-
-
 def finetune(
     settings: FineTuningSettings,
     encoder: nn.Module,
@@ -134,17 +111,17 @@ def finetune(
     head_steps = round(settings.head_first * len(data))
     task = FineTuning(copy.deepcopy(encoder), weights, settings.target, head_steps, train.seed)
 
-    def scores(network: nn.Module, rows: np.ndarray) -> np.ndarray:
-        return tuned_scores(network, table, rows, size, border)
+    def val_auc() -> float:
+        return once(auc, asked.val_y, tuned_scores(task.network, table, asked.val, size, border))
 
     every = math.ceil(len(data) / settings.checks)
     how = {"epochs": train.epochs, "batch": train.batch, "steps_per_epoch": data.order.steps_per_epoch}
-    choice = Choice(task.network, scores, asked, every, run, path, how)
+    best = Best(task.network, "val_auc", val_auc, every, run, path, how)
     label = f"{settings.label}, {asked.fraction:.0%} of the labels, seed {asked.seed}"
-    return fit(task, data, train, run, label, choice)
+    return fit(task, data, train, run, label, best)
 
 
-def schedule(settings: FineTuningSettings, rows: int, seed: int) -> TrainSettings:
+def schedule(settings: Tuned, rows: int, seed: int) -> TrainSettings:
     """The training on `rows` labelled images. A batch takes no more of them than there are, and small label
     subsets go on for more epochs, until they have made the least number of steps. Raises `UserError` when
     there are too few for the micro-batches."""
@@ -157,7 +134,7 @@ def schedule(settings: FineTuningSettings, rows: int, seed: int) -> TrainSetting
             "lower train.accumulate of the evaluation or raise its label fraction."
         )
     epochs = max(train.epochs, math.ceil(settings.least_steps / (rows // batch)))
-    return replace(train, batch=batch, epochs=epochs, seed=derive_seed(train.seed, "finetune", seed))
+    return replace(train, batch=batch, epochs=epochs, seed=derive_seed(train.seed, settings.name, seed))
 
 
 def class_weights(y: np.ndarray, classes: int, balanced: bool) -> torch.Tensor:
@@ -168,7 +145,7 @@ def class_weights(y: np.ndarray, classes: int, balanced: bool) -> torch.Tensor:
 
 
 def view_settings(
-    settings: FineTuningSettings, size: tuple[int, int], border: Any, stored: tuple[int, ...]
+    settings: Tuned, size: tuple[int, int], border: Any, stored: tuple[int, ...]
 ) -> ViewSettings:
     """One view of `size` (height, width) per image of the shape `stored`. Raises `UserError` for views that
     are neither square nor of the stored size."""
@@ -197,19 +174,6 @@ def load_tuned(path: Path, encoder: nn.Module, classes: int) -> tuple[nn.Module,
     network = with_head(copy.deepcopy(encoder), classes, seed=0)
     network.load_state_dict(state["network"])
     return network.eval(), state["how"]
-
-
-def tuning_protocol(how: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """What a result says of the training in the folder of `run`; `how` as `load_tuned` returns it."""
-    checks = checks_of(run)
-    grid = [{"epoch": (line["step"] + 1) / how["steps_per_epoch"], "auc": line["val_auc"]} for line in checks]
-    best = max(grid, key=lambda line: line["auc"])  # max keeps the first of equals
-    return {
-        "classifier": "encoder and linear head, trained together on augmented views",
-        "epochs": how["epochs"],
-        "batch": how["batch"],
-        **choice_of("epoch", best["epoch"], grid),
-    }
 
 
 def tuned_scores(

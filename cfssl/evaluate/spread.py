@@ -12,24 +12,26 @@ import numpy as np
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every label fraction with several seeds {"label_fraction", "seeds", "overall": of_metrics,
-    "groups": {grouping: {group: of_metrics}}}, where of_metrics is {metric: {"mean", "sd", "n"}} and the sd
-    that of n - 1. Seeds whose value is null are left out; without any the mean is null, without two the sd.
+    """For every target and label fraction with several seeds {"target", "label_fraction", "seeds", "overall":
+    of_metrics, "groups": {grouping: {group: of_metrics}}}, where of_metrics is {metric: {"mean", "sd", "n"}}
+    and the sd that of n - 1. Seeds whose value is null are left out; without any the mean is null, without
+    two the sd.
     """
-    fractions: dict[float, list[Mapping[str, Any]]] = {}
+    alike: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for result in results:
-        fractions.setdefault(result["protocol"]["label_fraction"], []).append(result)
-    return [summary(fraction, found) for fraction, found in fractions.items() if len(found) > 1]
+        alike.setdefault((result["target"], result["protocol"]["label_fraction"]), []).append(result)
+    return [summary(*of, found) for of, found in alike.items() if len(found) > 1]
 
 
-def summary(fraction: float, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """See `over_seeds`; `results`: those of one fraction."""
+def summary(target: str, fraction: float, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """See `over_seeds`; `results`: those of one target and fraction."""
     first = results[0]
 
     def of_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return {metric: moments([row[metric]["value"] for row in rows]) for metric in first["metrics"]}
 
     return {
+        "target": target,
         "label_fraction": fraction,
         "seeds": [result["seeds"]["labels"] for result in results],
         "overall": of_metrics([result["overall"] for result in results]),

@@ -204,8 +204,8 @@ def dense_head(features: int, hidden: int, output: int, seed: int, name: str = "
 def gather_points(maps: torch.Tensor, points: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
     """The values (B, n, D) of maps (B, D, h, w) at points (B, n, 2), (x, y) in the normalised pixel-centre
     coordinates of `cfssl.data.geometry`, whatever the stride of the map; "nearest" for labels. Outside of the
-    outermost pixel centres the outermost pixels go on."""
-    found = nn.functional.grid_sample(
-        maps, points[:, :, None].to(maps.dtype), mode, padding_mode="border", align_corners=False
-    )
-    return found[..., 0].mT
+    outermost pixel centres the outermost pixels go on. Of maps of volumes (B, D, d, h, w) at (x, y, z)."""
+    batch, count, axes = points.shape
+    grid = points.reshape(batch, count, *[1] * (axes - 1), axes).to(maps.dtype)
+    found = nn.functional.grid_sample(maps, grid, mode, padding_mode="border", align_corners=False)
+    return found.flatten(2).mT

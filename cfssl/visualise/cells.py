@@ -8,12 +8,17 @@ TITLES = {
     "linear_probe": "Linear probe",
     "knn": "k nearest neighbours",
     "finetune": "Fine-tuning",
+    "segment": "Segmentation",
     "auc": "AUC",
     "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "brier": "Brier score",
     "calibration_error": "expected calibration error",
+    "dice": "Dice",
+    "hd95": "Hausdorff distance (95 %) in pixels",
+    "asd": "average surface distance in pixels",
+    "surface_dice": "surface Dice",
 }
 DASH, MINUS = "—", "−"
 

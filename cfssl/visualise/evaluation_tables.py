@@ -52,7 +52,8 @@ def evaluations(arms: Sequence[Arm]) -> list[Evaluation]:
 
 def section_title(result: Mapping[str, Any]) -> str:
     """What was asked, and of an external set where the classifier comes from."""
-    title = f"{titled(result['evaluation'])} of {result['target']}"
+    variant = f" ({result['variant']})" if result.get("variant") else ""
+    title = f"{titled(result['evaluation'])} of {result['target']}{variant}"
     if "external" not in result:
         return title
     ways = {"own": "fitted there", "transferred": f"fitted on {result['protocol']['fitted_on']['table']}"}

@@ -19,16 +19,15 @@ from cfssl.data.views import ViewBatch
 from cfssl.engine.checkpoint import load_checkpoint
 from cfssl.engine.run import HardwareSettings, Run
 from cfssl.errors import UserError
+from cfssl.evaluate.best import checks_of, tuning_protocol
 from cfssl.evaluate.evaluations import Question, subsets
 from cfssl.evaluate.finetune import (
     FineTuning,
-    checks_of,
     class_weights,
     finetune,
     load_tuned,
     schedule,
     tuned_scores,
-    tuning_protocol,
     view_settings,
 )
 from cfssl.evaluate.settings import FineTuningSettings

@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 from cfssl.errors import UserError
 from cfssl.evaluate.bootstrap import basic, welch_satterthwaite
 from cfssl.evaluate.bootstrap import weights as bootstrap_weights
+from cfssl.evaluate.grouped import MISSING
 from cfssl.evaluate.groups import (
-    MISSING,
     paired_difference,
     paired_gap,
     paired_mean_of_groups,
@@ -445,6 +445,16 @@ def test_mean_of_groups_weighs_groups_equally_whatever_their_size():
 
 def four_groups(count: int) -> np.ndarray:
     return np.array(list("ABCD"))[np.arange(count) // 2 % 4]
+
+
+def test_the_worst_group_of_an_error_is_that_with_the_highest():
+    y, a, b = arms(240, seeds=1, lift=0.4)
+    labels = four_groups(240)
+    errors = [
+        [np.square(one[labels == name, 1] - y[labels == name]).mean() for name in "ABCD"] for (one,) in (a, b)
+    ]
+    result = paired_worst_group(y, a, b, labels, "brier", resamples=5)
+    assert result["value"] == pytest.approx(max(errors[0]) - max(errors[1]))
 
 
 def test_worst_groups_are_each_arms_own_and_found_anew_in_every_resample():

@@ -10,6 +10,7 @@ from cfssl.evaluate.spread import over_seeds
 
 def result(fraction: float, seed: int, value: float, of_group: float | None) -> dict[str, Any]:
     return {
+        "target": "disease",
         "metrics": ["auc"],
         "protocol": {"label_fraction": fraction},
         "seeds": {"labels": seed},
