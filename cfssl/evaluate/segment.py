@@ -4,7 +4,7 @@ masks.
 What enters: an encoder, perhaps the decoder that was trained on it, and rows of a table with masks. What
 leaves: the network at the moment, among evenly spaced ones, at which its Dice on the validation rows was
 highest; nothing else is chosen there. Masks are warped exactly as their views are, and pixels from outside of
-the image count in no loss. The loss is MONAI's Dice, over the batch, plus cross-entropy.
+the image count in no loss. The loss is MONAI's Dice of every image plus cross-entropy.
 """
 
 import copy
