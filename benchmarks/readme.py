@@ -90,6 +90,11 @@ ROWS = {
         "simclr_step_ratio_vs_lightly": "a step of SimCLR against the same on lightly's parts",
         "dino_step_ratio_vs_lightly": "a step of DINOv2 against it",
     },
+    "dense_loss": {
+        "memory_ratio_8000": "dense loss of 8,000 points: memory of the N x N form against ours",
+        "time_ratio_8000": "its time against the N x N form",
+        "memory_exponent": "power of N with which its memory grows",
+    },
     "bank_read": {
         "ratio_vs_png_64": "bank against one PNG per view, 64 px, images per second",
         "ratio_vs_memcpy_64": "bank against copying the same images in memory, 64 px",
