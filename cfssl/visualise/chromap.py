@@ -44,6 +44,7 @@ from cfssl.visualise.ellipse import enclosing_ellipse
 
 MOST_PIXELS = 50_000  # of all images together, in a sample
 MAP_LIGHTNESS = 0.72  # of colour maps: most hues have most chroma about here
+SMALLEST_PART = 0.01  # of the sample that Otsu's threshold may call foreground
 BACKGROUND = 0.25  # share of its chroma that background keeps
 
 
@@ -137,7 +138,11 @@ def fit(images: Sequence[Views], settings: ChromapSettings = PRESETS["default"])
         direction, offset = _otsu(rows, np.concatenate([border_rows(views) for views in images]))
     known = sample.foreground
     kept = rows @ direction > offset if known is None else known > 0.5
-    kept = kept if kept.sum() > settings.dimensions else np.ones(len(rows), bool)
+    if kept.sum() <= settings.dimensions:
+        raise UserError(
+            f"The foreground has {kept.sum()} of {len(rows)} sampled pixels, too few to fit colours to; give "
+            "a larger one or none."
+        )
     linear, fitted, places = _reduced(rows[kept], sample.classes, kept, settings)
     centre, root = _scale(places if len(places) else linear.scores(rows[kept]), settings)
     turn = np.eye(settings.dimensions)
@@ -170,7 +175,8 @@ def _sampled(images: Sequence[Views], settings: ChromapSettings) -> _Sample:
 
 def _otsu(rows: NDArray[np.float64], border: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     """Direction and offset that part foreground from background: Otsu's threshold on the first component,
-    with the side that most pixels at the edge of the images are not on."""
+    with the side that most pixels at the edge of the images are not on. A part of less than a hundredth of
+    the rows is an outlier, no foreground: all is, then."""
     from skimage.filters import threshold_otsu
 
     first = principal(rows, 1)
@@ -178,7 +184,10 @@ def _otsu(rows: NDArray[np.float64], border: NDArray[np.float64]) -> tuple[NDArr
         return first.components[0], -1.0
     offset = float(threshold_otsu(rows @ first.components[0]))
     is_flipped = np.mean(border @ first.components[0] > offset) > 0.5
-    return (-first.components[0], -offset) if is_flipped else (first.components[0], offset)
+    direction, offset = (-1 if is_flipped else 1) * first.components[0], (-offset if is_flipped else offset)
+    if np.mean(rows @ direction > offset) < SMALLEST_PART:
+        return np.zeros_like(direction), -1.0
+    return direction, offset
 
 
 def _reduced(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,43 @@ def test_foreground_is_the_side_of_the_threshold_that_the_border_is_not_on() -> 
         assert (pale[mask] == strong[mask]).all()
         lab, full = to_oklab(pale)[~mask], to_oklab(strong)[~mask]
         assert np.median(np.hypot(*lab[:, 1:].T)) < 0.5 * np.median(np.hypot(*full[:, 1:].T))
+
+
+def test_a_single_outlier_is_no_foreground_and_an_empty_one_is_refused() -> None:
+    embeddings = np.ones((1, CHANNELS, *SIZE), np.float32)
+    embeddings += 0.01 * numpy_generator("flat").standard_normal(embeddings.shape)
+    embeddings[0, :, 9, 9] = np.arange(CHANNELS) - 3
+    views = Views(embeddings, np.full((1, *SIZE), 0.5))
+    assert is_foreground(fit([views]), embeddings).all()
+    with pytest.raises(UserError, match="foreground"):
+        fit([replace(views, foreground=np.zeros(views.images.shape))])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"foreground": "all"},
+        {"scale": "ellipse"},
+        {"inner": 0.5},
+        {"squash": False},
+        {"colours": "rgb3"},
+        {"colours": "hsv"},
+        {"sample_per_image": 50},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_picture(change: dict[str, Any]) -> None:
+    masks = np.zeros((3, *SIZE), int)
+    masks[:, 8:], masks[:, :, 12:] = 1, 2
+    views, settings = some_views(masks=masks), ChromapSettings(sample_per_image=200)
+
+    def picture(chosen: ChromapSettings) -> np.ndarray:
+        state = fit([views], chosen)
+        places = transform(state, views.embeddings)
+        return overlay(state, places, views.images, is_foreground(state, views.embeddings))
+
+    assert np.abs(picture(replace(settings, **change)) - picture(settings)).max() > 0.02
 
 
 def test_background_keeps_a_quarter_of_its_chroma() -> None:
