@@ -1,6 +1,7 @@
 """Whether a recipe and a table fit each other: checked once the table is prepared, before any training."""
 
 from cfssl.bank.build import plan_views
+from cfssl.data.labels import refuse_taken_names
 from cfssl.data.plan import domain_counts
 from cfssl.data.table import ImageTable
 from cfssl.errors import UserError, nearest, quoted
@@ -183,6 +184,35 @@ def segment_mistakes(
     except UserError as error:
         found.append(f"{path}: {error}")
     return found
+
+
+def check_silver(recipe: Recipe, table: ImageTable, source: ImageTable) -> None:
+    """Refuses a table of human masks that the segmentor of silver masks cannot learn from, or whose images
+    are not of the shape of the recipe's own; all mistakes at once."""
+    silver, mistakes = recipe.silver, []
+    assert silver is not None
+    settings = silver.segmentor
+    if source.images.shape != table.images.shape:
+        found, own = (" x ".join(map(str, images.shape)) for images in (source.images, table.images))
+        mistakes.append(
+            f"its images are {found} and those of {table.name} are {own}; prepare both with the same `size` "
+            "and `channels`"
+        )
+    try:
+        create_measure(settings, source)
+        refuse_taken_names(table, settings.structures)
+    except UserError as error:
+        mistakes.append(str(error))
+    usable = len(rows_of_part(source, source.rows("train"), settings.part))
+    if usable < settings.train.batch:
+        part = "" if settings.part == "all" else f" of the {settings.part} half"
+        mistakes.append(
+            f"silver.segmentor.train.batch = {settings.train.batch}: only {usable} training images{part} are "
+            "there"
+        )
+    if mistakes:
+        lines = "".join(f"\n  - {mistake}" for mistake in mistakes)
+        raise UserError(f"silver.data ({source.name}) does not fit the recipe {recipe.name}:{lines}")
 
 
 def tuning_mistakes(

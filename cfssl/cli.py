@@ -104,6 +104,25 @@ def fit(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, quie
     print(job.generation.generator_stage.folder)
 
 
+@app.command()
+def silver(
+    recipe: RecipeFile,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New .npz; a .png is written beside it.")],
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Make silver masks for a recipe's table; writes them with it as a table, and a sheet of the most and
+    the least confident ones."""
+    from cfssl.sheets import silver_sheet
+
+    job = pipeline(recipe, overrides, runs, quiet)
+    job.labelling.export(output)
+    silver_sheet(job, output.with_suffix(".png"))
+    for line in (*job.labelling.score_text(), output, output.with_suffix(".png")):
+        print(line)
+
+
 @bank_app.command("build")
 def bank_build(
     recipe: RecipeFile,

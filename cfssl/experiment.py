@@ -32,6 +32,7 @@ from cfssl.models.backbone import BackboneSettings
 from cfssl.models.initial import InitSettings
 from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
+from cfssl.silver import SilverSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
 AnyEvaluation = ProbeSettings | FineTuningSettings | SegmentSettings
@@ -39,13 +40,15 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Recipe(BaseModel):
-    """One experiment: table, generator, bank, views, objective, encoder, evaluations. `external`: further
-    data sets that evaluations may ask for by their names; nothing is pre-trained on them."""
+    """One experiment: table, generator, bank, views, objective, encoder, evaluations. `silver`: masks that
+    the table has not, by a segmentor of another table. `external`: further data sets that evaluations may ask
+    for by their names; nothing is pre-trained on them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name
     data: Annotated[DataSettings, Field(discriminator="name")]
+    silver: SilverSettings | None = None
     generator: Annotated[GeneratorSettings, Field(discriminator="name")] | None = None
     finetune: FinetuneSettings | None = None
     bank: BankSettings = Field(default_factory=BankSettings)
@@ -87,7 +90,8 @@ class Recipe(BaseModel):
         """How everything is trained, by where it stands in the recipe."""
         evaluations = {f"evaluate[{index}]": of for index, of in enumerate(self.evaluate)}
         trained = {"": self, "generator": self.generator, "finetune": self.finetune}
-        sections = {**trained, **self.measures(), **evaluations}
+        silver = {"silver.segmentor": self.silver.segmentor} if self.silver else {}
+        sections = {**trained, **silver, **self.measures(), **evaluations}
         found = {f"{path}.train".lstrip("."): getattr(of, "train", None) for path, of in sections.items()}
         return {path: train for path, train in found.items() if train is not None}
 

@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from cfssl.bank.build import build, plan_views
 from cfssl.bank.gate import apply_gate
 from cfssl.bank.store import Bank
@@ -26,11 +24,10 @@ from cfssl.generators import FittedGenerator, FittedSettings, create_generator
 from cfssl.generators.finetune import finetune
 from cfssl.generators.hvae import HVAEGenerator
 from cfssl.generators.targets import TargetRule, create_rule
-from cfssl.measure import MeasureSettings, create_measure
-from cfssl.measure.frozen import as_json
+from cfssl.measure import MeasureSettings
 from cfssl.measure.judge import PredictorJudge
 from cfssl.production import Production
-from cfssl.stages import AUDIT_CODE, BANK_CODE, FINETUNE_CODE, GENERATOR_CODE, MEASURE_CODE, Stage
+from cfssl.stages import AUDIT_CODE, BANK_CODE, FINETUNE_CODE, GENERATOR_CODE, Stage
 
 
 class Generation:
@@ -92,9 +89,7 @@ class Generation:
 
     def measure_stage(self, settings: MeasureSettings) -> Stage:
         """Of a guide or judge."""
-        section = TypeAdapter(type(settings)).dump_python(settings, mode="json")
-        precision = self.recipe.hardware.precision
-        return self.production.stage("measure", section, precision, self.table_key, code=MEASURE_CODE)
+        return self.production.measure_stage(settings, self.table_key)
 
     def stages(self) -> list[Stage]:
         """All stages up to the bank and its audit, in order, each once."""
@@ -154,21 +149,7 @@ class Generation:
 
     def measure(self, settings: MeasureSettings) -> Any:
         """A guide or judge, trained on real images, frozen."""
-        stage = self.measure_stage(settings)
-        network = create_measure(settings, self.table)
-
-        def make(folder: Path) -> None:
-            run = self.production.run(folder)
-            network.fit(self.table, run)
-            network.save(stage.product)
-            write_json(folder / "score.json", as_json(network.score(self.table, "val")))
-            run.close()
-
-        self.production.finish(stage, make)
-        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
-        network.load(stage.product)
-        network.to(self.recipe.hardware.device)
-        return network
+        return self.production.measure(settings, self.table_key, self.table)
 
     @cached_property
     def bank(self) -> Bank:

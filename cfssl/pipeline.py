@@ -1,7 +1,8 @@
 """The stages of a recipe, in order, each kept under the key of everything it depends on.
 
     table -> generator -> bank -> encoder -> features, networks -> evaluations -> report
-             `-- generation.py --'           `-- evaluation.py, segmentation.py --'
+       |     `-- generation.py --'           `-- evaluation.py, segmentation.py --'
+       `-> silver masks (labelling.py)
 
 The key of a stage = hash(its section of the recipe + keys of its inputs + code version of its rooms). A stage
 lives in `RUNS/stages/<stage>-<key>/` and is finished when its `done.json` is there; recipes that agree up to
@@ -30,6 +31,7 @@ from cfssl.evaluation import Evaluation
 from cfssl.experiment import Recipe
 from cfssl.files import write_json
 from cfssl.generation import Generation
+from cfssl.labelling import Labelling
 from cfssl.models.dense import DenseNetwork
 from cfssl.models.export import export_encoder, refuse_used_folder
 from cfssl.models.initial import described, hold_backbone, init_key, initial_encoder
@@ -56,6 +58,7 @@ class Pipeline:
         self.recipe, self.runs, self.quiet = recipe, runs, quiet
         self.folder = runs / recipe.name
         self.production = Production(recipe, runs, quiet)
+        self.labelling = Labelling(self.production, self.table_stage.key, lambda: self.table)
         self.generation = Generation(self.production, self.table_stage.key, lambda: self.table)
         keys = self.table_stage.key, self.encoder_stage.key
         origins = {"pretrained": self.pretrained, "initial": self.initial}
@@ -82,8 +85,8 @@ class Pipeline:
 
     def stages(self) -> list[Stage]:
         """All stages of the recipe, in order."""
-        before = [self.table_stage, *self.generation.stages(), self.encoder_stage]
-        return [*before, *self.evaluation.stages()]
+        before = [self.table_stage, *self.labelling.stages(), *self.generation.stages(), self.encoder_stage]
+        return list(dict.fromkeys([*before, *self.evaluation.stages()]))
 
     @cached_property
     def table(self) -> ImageTable:
@@ -220,10 +223,13 @@ class Pipeline:
     def run(self) -> list[dict[str, Any]]:
         """Everything, and the run folder's records. Returns the evaluation results."""
         self.table, self.evaluation.externals  # noqa: B018  bad data is refused before anything is written
+        if self.recipe.silver is not None:
+            self.labelling.source  # noqa: B018
         write_recipe(self.recipe, self.folder / "recipe.yaml")
         write_json(
             self.folder / "environment.json", {**environment(), "data_fingerprint": self.table.fingerprint}
         )
+        self.labelling.table  # noqa: B018  with silver masks, where the recipe has any
         if self.recipe.audit is not None:  # a poor bank is known before hours of training
             self.generation.audited()
         self.objective  # noqa: B018  trained also when nothing is evaluated

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import Run, Tracker, torch_threads
 from cfssl.experiment import DataSettings, Recipe
 from cfssl.files import made_folders, write_json
+from cfssl.measure import MeasureSettings, create_measure
+from cfssl.measure.frozen import as_json
 from cfssl.provenance import environment
-from cfssl.stages import TABLE_CODE, Stage, keyed_stage
+from cfssl.stages import MEASURE_CODE, TABLE_CODE, Stage, keyed_stage
 
 
 class Production:
@@ -43,6 +47,30 @@ class Production:
 
         self.finish(stage, make)
         return open_dataset(settings, stage.folder / "table")
+
+    def measure_stage(self, settings: MeasureSettings, table_key: str) -> Stage:
+        """Of a frozen network that is trained on the table with this key."""
+        section = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+        precision = self.recipe.hardware.precision
+        return self.stage("measure", section, precision, table_key, code=MEASURE_CODE)
+
+    def measure(self, settings: MeasureSettings, table_key: str, table: ImageTable) -> Any:
+        """A frozen network trained on the real images of `table`, on the device of the recipe."""
+        stage = self.measure_stage(settings, table_key)
+        network = create_measure(settings, table)
+
+        def make(folder: Path) -> None:
+            run = self.run(folder)
+            network.fit(table, run)
+            network.save(stage.product)
+            write_json(folder / "score.json", as_json(network.score(table, "val")))
+            run.close()
+
+        self.finish(stage, make)
+        Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
+        network.load(stage.product)
+        network.to(self.recipe.hardware.device)
+        return network
 
     def run(self, folder: Path) -> Run:
         """What a training writes to and computes on."""

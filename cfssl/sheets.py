@@ -1,5 +1,5 @@
 """Contact sheets of a recipe: originals beside their counterfactuals, and beside the truth where there is
-one."""
+one; the most and the least confident silver masks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from cfssl.errors import UserError
 from cfssl.generators.base import counterfactual, intervention
 from cfssl.pipeline import Pipeline
 from cfssl.seeds import torch_generator
+from cfssl.visualise.outlines import Side, outline_sheet
 from cfssl.visualise.views import counterfactual_sheet, slot_names
 
 
@@ -70,6 +71,33 @@ def audited_sheet(job: Pipeline, path: Path, items: int) -> None:
         [f"do({', '.join(f'{n}={_shown(v)}' for n, v in view.items())})" for view in views],
         factual,
     )
+
+
+def silver_sheet(job: Pipeline, path: Path, items: int = 6) -> None:
+    """Images whose silver masks are the most and the least confident ones, in the mean over the structures,
+    beside masks of the table's own where it has any of the same names."""
+    table = job.labelling.table
+    assert table.silver is not None  # the labelling's own check
+    structures, names = table.silver.structures, table.silver.names
+    confidence = table.silver.confidence.to_numpy().mean(1)
+    order = np.argsort(-confidence, kind="stable")
+    items = min(items, len(order) // 2)
+    own = [name for name in structures if name in table.mask_names]
+    sides = [
+        Side(
+            heading,
+            table.images.read(rows),
+            table.masks_of(names).read(rows),
+            table.masks_of(own).read(rows) if own else None,
+            [f"row {row}" for row in rows],
+            [f"confidence {confidence[row]:.3f}" for row in rows],
+        )
+        for heading, rows in (
+            ("most confident", order[:items]),
+            ("least confident", order[len(order) - items :][::-1]),
+        )
+    ]
+    outline_sheet(path, sides, structures, own)
 
 
 def factual_labels(views: Sequence[Mapping[str, Any]], table: ImageTable, rows: np.ndarray) -> list[str]:

@@ -59,6 +59,7 @@ ORACLE_CODE = (
 )
 GENERATOR_CODE = (*HVAE_CODE, "generators/fitted.py", *ORACLE_CODE, *TRAINING_CODE)
 MEASURE_CODE = ("measure", "models/seeded.py", *TRAINING_CODE)
+SILVER_CODE = ("silver.py", "data/labels.py")
 FINETUNE_CODE = ("generators/finetune.py", "generators/targets.py", *MEASURE_CODE)
 BANK_CODE = (
     "seeds.py",
@@ -135,6 +136,7 @@ AUDIT_CODE = (
 PRODUCTS = {
     "table": "table/table.json",
     "measure": "measure.safetensors",
+    "silver": "silver/silver.json",
     "generator": "generator.safetensors",
     "finetune": "generator.safetensors",
     "bank": "bank/bank.json",

@@ -118,6 +118,14 @@ ABROAD = PHANTOM | {
         {"name": "segment", "structures": ["left_lung"], "decoder": {}},
     ],
 }
+# Labelled by a segmentor of another table.
+SILVER = PHANTOM | {
+    "name": "silver",
+    "silver": {
+        "data": {"name": "phantom_chest", "count": 300, "size": 128, "seed": 1},
+        "segmentor": {"structures": ["left_lung"]},
+    },
+}
 TABLE: dict[str, Any] = {
     "name": "table",
     "data": {"name": "table", "path": "t.csv", "attributes": {"dx": {"kind": "binary"}}},
@@ -174,6 +182,8 @@ OTHERS: dict[str, Any] = {
     "data.split.stratify": ["dx"],
     "data.split.duplicates": "drop",
     "data.split.may_be_empty": ["val"],
+    "silver.segmentor.structures": ["left_lung", "heart"],
+    "silver.segmentor.part": "second",
     "generator.file": "other.safetensors",
     "generator.parents": ["scanner"],
     "generator.graph": {"disease": ["sex"]},
@@ -254,13 +264,14 @@ ALONG = {  # what has to change with it
     "views.counterfactual.distinct": {"views.counterfactual.shared": False},
     "views.intensity.shared": {"views.intensity.view": "all"},
 }
-NAMED = "data", "generator", "generator.network", "objective", "external.near", "external.far"
+NAMED = "data", "silver.data", "generator", "generator.network", "objective", "external.near", "external.far"
 CHOICES = {f"{section}.name" for section in NAMED} | {
     "finetune.rules.1.name",
     "evaluate.1.name",
     "evaluate.2.name",
 }  # of the section's class
 TOGETHER = {
+    "silver",
     "generator",
     "finetune",
     "bank.do",
@@ -300,7 +311,7 @@ def leaves(node: Any, path: str, met: set[str]) -> Iterator[tuple[str, Any]]:
 
 def another(key: str, value: Any) -> Any:
     if key not in OTHERS:  # that of the same setting elsewhere
-        key = re.sub(r"^external\.\w+", "data", re.sub(r"^evaluate\.\d", "evaluate.0", key))
+        key = re.sub(r"^(external\.\w+|silver\.data)", "data", re.sub(r"^evaluate\.\d", "evaluate.0", key))
     if key in OTHERS:
         return OTHERS[key]
     if isinstance(value, bool):
@@ -364,6 +375,7 @@ def test_every_key_changes_the_key_of_a_stage() -> None:
         TUNED,
         GIVEN,
         ABROAD,
+        SILVER,
         TABLE,
         TUBE,
         DIGITS,
