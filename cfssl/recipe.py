@@ -122,7 +122,7 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _none_strings(node: Any, path: str = "") -> list[str]:
     if re.fullmatch(
-        r"(data|external\.[^.]+)\.missing", path
+        r"((silver\.)?data|external\.[^.]+)\.missing", path
     ):  # texts of the table, among which "None" may well be one
         return []
     if isinstance(node, Mapping):

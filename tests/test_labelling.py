@@ -184,13 +184,14 @@ def test_the_verb_writes_a_table_that_is_read_again_and_a_sheet(
 
 
 def test_check_names_the_silver_masks_and_trains_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     code, printed = call(monkeypatch, capsys, "check", tmp_path / "tiny.yaml", "--runs", tmp_path, "--quiet")
     assert code == 0, printed
-    assert "silver masks: silver_left_lung, silver_heart, by a segmentor of 98 training images" in printed
+    images = f"{len(done.labelling.source.rows('train'))} training images of phantom_chest"
+    assert f"silver masks: silver_left_lung, silver_heart, by a segmentor of {images}" in printed
     assert {folder.name.split("-")[0] for folder in (tmp_path / "stages").iterdir()} == {"table"}
 
 
@@ -199,11 +200,11 @@ def test_check_names_the_silver_masks_and_trains_nothing(
 def test_silver_lungs_of_radiographs_agree_with_human_ones(shared_data: Path, tmp_path: Path) -> None:
     """The segmentor has seen normal chests alone, their lungs drawn without the part behind the heart."""
     roots = [f"data.root={shared_data}", f"silver.data.root={shared_data}", "hardware.accelerator=cpu"]
-    short = ["silver.segmentor.train.epochs=20"]
+    short = ["silver.segmentor.train.epochs=30"]
     job = Pipeline(load_recipe(RECIPES / "covid_cxr_silver.yaml", [*roots, *short]), tmp_path, quiet=True)
     score = job.labelling.score
     print(*job.labelling.score_text(), sep="\n")
     assert score["own"]["lungs"]["images"] == 418
-    assert score["validation"]["lungs"]["dice"] > 0.9
-    assert 0.7 < score["own"]["lungs"]["dice"] < score["validation"]["lungs"]["dice"]
-    assert score["own"]["lungs"]["correlation"] > 0.3
+    assert score["validation"]["lungs"]["dice"] > 0.93
+    assert 0.75 < score["own"]["lungs"]["dice"] < score["validation"]["lungs"]["dice"]
+    assert score["own"]["lungs"]["correlation"] > 0.5

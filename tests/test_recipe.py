@@ -103,6 +103,20 @@ evaluate: [{name: linear_prob, target: disease}]
             "bank.do=[{scanner: all, sex: all}]",
             "is 'scanner', but bank.do intervenes on [['scanner', 'sex']]",
         ),
+        ("silver={segmentor: {structures: [lung]}}", "silver.data is missing"),
+        (
+            "silver={data: {name: phantom_chset}}",
+            "silver.data.name = 'phantom_chset': unknown name; did you mean",
+        ),
+        (
+            "silver={data: {name: phantom_chest, cuont: 4}, segmentor: {structures: [lung]}}",
+            "silver.data.cuont = 4: unknown key; did you mean 'count'?",
+        ),
+        ("silver={threshold: 1.0}", "silver.threshold = 1.0: input should be less than 1"),
+        (
+            "silver={data: {name: phantom_chest}, segmentor: {structures: [lung], train: {accumulate: 3}}}",
+            "silver.segmentor.train.batch (32) is not a multiple of silver.segmentor.train.accumulate (3)",
+        ),
         ("bank.do=[{}]", "bank.do[0] = {}: dictionary should have at least 1 item"),
         ("bank.do=scanner", "bank.do = 'scanner': input should be a valid tuple"),
         ("bank.do={scanner: some}", "bank.do.scanner = 'some'"),
@@ -271,7 +285,10 @@ def test_an_editor_marks_mistakes(content: dict) -> None:
 
 
 def test_none_is_a_text_like_others_where_a_tables_missing_texts_are_declared(tmp_path: Path) -> None:
-    content = {"name": "own", "data": {"name": "table", "path": "own.csv", "missing": ["None"]}}
-    assert parse_recipe(content, "own").data.missing == ("None",)
+    data = {"name": "table", "path": "own.csv", "missing": ["None"]}
+    silver = {"data": data, "segmentor": {"structures": ["lung"]}}
+    content = {"name": "own", "data": data, "silver": silver}
+    recipe = parse_recipe(content, "own")
+    assert recipe.data.missing == recipe.silver.data.missing == ("None",)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="write null for nothing"):
         parse_recipe(content | {"generator": "None"}, "own")
