@@ -75,10 +75,11 @@ def check_against_table(recipe: Recipe, table: ImageTable) -> None:
                 f"objective.false_negatives = {name!r}: neither a discrete attribute nor the group"
                 f"{nearest(name, table.coded_names)}"
             )
+    masks = (*table.mask_names, *(recipe.silver.names if recipe.silver else ()))
     mistakes += [
-        f"objective.structures = {name!r}: no such mask{nearest(name, table.mask_names)}"
+        f"objective.structures = {name!r}: no such mask{nearest(name, masks)}"
         for name in labelling_masks(recipe.objective)
-        if name not in table.mask_names
+        if name not in masks
     ]
     for index, evaluation in enumerate(recipe.evaluate):
         for name in evaluation.attributes:

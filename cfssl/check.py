@@ -6,7 +6,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cfssl.data.datasets import TableSettings, check_files
-from cfssl.data.labels import silver_name
 from cfssl.data.table import SPLITS, ImageTable
 from cfssl.evaluate.settings import SegmentSettings
 from cfssl.experiment import AnyEvaluation
@@ -46,7 +45,7 @@ def describe(job: Pipeline) -> None:
         source = job.labelling.source
         if isinstance(job.recipe.silver.data, TableSettings):
             check_files(job.recipe.silver.data, source)
-        names = ", ".join(map(silver_name, job.recipe.silver.segmentor.structures))
+        names = ", ".join(job.recipe.silver.names)
         images = f"{len(source.rows('train'))} training images of {source.name}"
         console.print(f"silver masks: {names}, by a segmentor of {images}")
     for name, external in job.evaluation.externals.items():

@@ -5,7 +5,7 @@
 The segmentor is a stage like a guide or judge, so that recipes that learn from the same human masks share it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class Labelling:
     def stages(self) -> list[Stage]:
         """All stages up to the silver masks, in order; none of a recipe without them."""
         return [] if self.recipe.silver is None else [self.source_stage, self.segmentor_stage, self.stage]
+
+    def keys(self, names: Iterable[str]) -> list[str]:
+        """What something that takes the masks `names` of `table` depends on besides the recipe's own table:
+        the key of the silver masks where it takes one of them."""
+        silver = self.recipe.silver
+        return [self.stage.key] if silver is not None and set(names) & set(silver.names) else []
 
     @cached_property
     def source(self) -> ImageTable:

@@ -20,7 +20,7 @@ from torch import nn
 from cfssl.agreement import check_against_table
 from cfssl.data.order import EpochOrder
 from cfssl.data.plan import ViewSource, domain_counts
-from cfssl.data.table import ImageTable, MaskReader
+from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.loop import fit
@@ -81,7 +81,8 @@ class Pipeline:
     def encoder_stage(self) -> Stage:
         sections = [self.recipe.section(name) for name in ("views", "objective", "backbone", "train")]
         keys = self.recipe.hardware.precision, self.generation.bank_stage.key, init_key(self.recipe.init)
-        return self.production.stage("encoder", sections, *keys, code=ENCODER_CODE)
+        silver = self.labelling.keys(labelling_masks(self.recipe.objective))
+        return self.production.stage("encoder", sections, *keys, *silver, code=ENCODER_CODE)
 
     def stages(self) -> list[Stage]:
         """All stages of the recipe, in order."""
@@ -115,7 +116,7 @@ class Pipeline:
             train.accumulate,
             attributes,
             domains,
-            MaskReader(self.table, names) if names else None,
+            self.labelling.table.masks_of(names).read if names else None,
             weighs_changes(recipe.objective),
         )
 

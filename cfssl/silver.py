@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from scipy.stats import spearmanr
 
 from cfssl.data.datasets import DataSettings
-from cfssl.data.labels import FORMAT
+from cfssl.data.labels import FORMAT, silver_name
 from cfssl.data.table import ImageTable
 from cfssl.data.writer import ArrayFile
 from cfssl.errors import UserError
@@ -46,6 +46,11 @@ class SilverSettings:
     data: Annotated[DataSettings, Field(discriminator="name")]
     segmentor: SegmentorSettings
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the silver masks."""
+        return tuple(map(silver_name, self.segmentor.structures))
 
 
 class Silver(NamedTuple):

@@ -76,6 +76,7 @@ BANK_CODE = (
 ENCODER_CODE = (
     "bank/store.py",
     "bank/maps.py",
+    "data/labels.py",
     "data/plan.py",
     "data/views.py",
     "data/geometry.py",

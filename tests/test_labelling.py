@@ -115,6 +115,37 @@ def test_a_change_remakes_what_follows_from_it(
 
 
 @pytest.mark.parametrize(
+    ("structures", "follows"),
+    [(["silver_heart"], True), (["left_lung", "silver_heart"], True), (["left_lung", "heart"], False)],
+)
+def test_an_encoder_depends_on_silver_masks_where_its_objective_takes_them(
+    done: Pipeline, structures: list[str], follows: bool
+) -> None:
+    objective = {"name": "s_dvd", "structures": structures}
+    first, second = (
+        job(done.runs, objective=objective, silver__threshold=threshold).encoder_stage.key
+        for threshold in (0.5, 0.4)
+    )
+    assert (first != second) == follows
+
+
+def test_an_objective_sees_silver_masks_as_labels_of_its_views(done: Pipeline) -> None:
+    """Oracle: under views that show the whole image as it is, the labels are the stored masks."""
+    whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "rotation": 0, "horizontal_flip": 0}
+    structures = ["silver_heart", "left_lung"]
+    views = job(
+        done.runs, objective={"name": "s_dvd", "structures": structures}, views={"geometry": whole}
+    ).view_data()
+    batch = views[0][0]
+    assert batch.labels is not None
+    stored = done.labelling.table.masks_of(structures).read(batch.row.numpy()) > 0
+    for view in range(batch.images.shape[1]):
+        np.testing.assert_array_equal(batch.labels[:, view], stored)
+    with pytest.raises(UserError, match=r"objective\.structures = 'silver_hart': no such mask; the nearest"):
+        job(done.runs, objective={"name": "s_dvd", "structures": ["silver_hart"]}).table  # noqa: B018
+
+
+@pytest.mark.parametrize(
     ("changes", "sentences"),
     [
         (

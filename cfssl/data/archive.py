@@ -41,9 +41,9 @@ def write_archive(path: Path, table: LabelledTable) -> None:
         )
     columns = table.frame
     if table.silver is not None:
-        confidence = table.silver.confidence
+        sure = table.silver.confidence
         columns = columns.assign(
-            **{confidence_name(name): confidence[name].to_numpy() for name in confidence}
+            **{confidence_name(name): sure[name].to_numpy() for name in table.silver.structures}
         )
     taken = [name for name in columns if name in (IMAGES, *table.mask_names)]
     if taken:
