@@ -182,7 +182,7 @@ def test_surer_masks_are_better_ones_where_the_segmentor_has_not_been(tmp_path: 
     sure, dice = (np.concatenate([getattr(part, name) for part in found]) for name in ("confidence", "dice"))
     for name, of in agreement(segmentor.structures, sure, dice).items():
         print(name, of)
-        assert of["correlation"] > 0.5  # type: ignore[operator]
+        assert of["correlation"] > 0.3  # type: ignore[operator]
     ill = (frame["disease"] == "yes").to_numpy()[rows]
     assert sure[ill].mean() < sure[~ill].mean()
     assert dice[ill].mean() < dice[~ill].mean()
