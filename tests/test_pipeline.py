@@ -175,7 +175,17 @@ PASSIVE = {
 
 def test_the_code_of_a_stage_is_all_that_it_imports() -> None:
     known: set[str] = set()
-    stages = (*ALL[:2], "measure", "silver", "finetune", *ALL[2:], "external", "classifier", "segmenter", "audit")
+    stages = (
+        *ALL[:2],
+        "measure",
+        "silver",
+        "finetune",
+        *ALL[2:],
+        "external",
+        "classifier",
+        "segmenter",
+        "audit",
+    )
     for stage in stages:
         code = getattr(cfssl.stages, f"{stage.removesuffix('s').upper()}_CODE")
         files = {file for room in code for file in code_files(room)}

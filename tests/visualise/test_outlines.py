@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cfssl.errors import UserError
-from cfssl.visualise.outlines import WIDTH, Side, colour, overlay, outline_sheet
+from cfssl.visualise.outlines import WIDTH, Side, colour, outline_sheet, outlined
 
 FACTOR = 4  # of images of 32 pixels
 
