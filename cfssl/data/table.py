@@ -308,6 +308,23 @@ class ImageTable:
         return array
 
 
+class MaskReader:
+    """Some of a table's masks, by name: of rows (n,) as (n, M, H, W) uint8, in the order of `names`."""
+
+    def __init__(self, table: ImageTable, names: Sequence[str]) -> None:
+        """Raises `UserError` for a mask that the table does not have."""
+        for name in names:
+            if name not in table.mask_names:
+                raise UserError(
+                    f"Table {table.name!r} has no mask {name!r}{nearest(name, table.mask_names)}."
+                )
+        assert table.masks is not None  # it has the names
+        self.masks, self.places = table.masks, [table.mask_names.index(name) for name in names]
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return self.masks.read(rows)[:, self.places]
+
+
 def encode_column(column: pd.Series, attribute: Attribute) -> np.ndarray:
     """A column of natural values (N,) as int64 codes (-1 missing) or float32 (NaN missing).
 
