@@ -212,6 +212,29 @@ def evaluate(
 
 
 @app.command()
+def chromap(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="How many images.")] = None,
+    preset: Annotated[str | None, typer.Option(help="default, or paper (needs the extra umap).")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of CHRO-maps of the same images, whose colours are kept.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Colour the pixels of images and counterfactuals by their embeddings, with an interactive page."""
+    from cfssl.chromaps import asked_for, chromaps_of
+
+    job = pipeline(recipe, overrides, runs, quiet)
+    settings = asked_for(job.recipe.chromap, images, preset)
+    folder = output or job.folder / "chromap"
+    chromaps_of(job, folder, settings, reference)
+    print(folder / "chromap.html")
+
+
+@app.command()
 def export(
     recipe: RecipeFile,
     folder: Annotated[Path, typer.Argument(help="New folder for model.safetensors and config.json.")],

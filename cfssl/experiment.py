@@ -6,6 +6,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from cfssl.bank.settings import BankSettings
 from cfssl.data.datasets import (
@@ -32,6 +33,7 @@ from cfssl.models.backbone import BackboneSettings
 from cfssl.models.initial import InitSettings
 from cfssl.objectives import ObjectiveSettings, comparison, takes_local, takes_views
 from cfssl.objectives.simclr import SimCLRSettings
+from cfssl.settings import STRICT, Count
 from cfssl.silver import SilverSettings
 
 DataSettings = PhantomChestSettings | PhantomTubeSettings | MorphoMNISTSettings | TableSettings
@@ -39,9 +41,19 @@ AnyEvaluation = ProbeSettings | FineTuningSettings | SegmentSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+@dataclass(frozen=True, config=STRICT)
+class ChromapsSettings:
+    """How many training images are drawn as CHRO-maps, with all their counterfactuals, and by which preset of
+    visualise/chromap.py."""
+
+    images: Count = 3
+    preset: Literal["default", "paper"] = "default"
+
+
 class Recipe(BaseModel):
     """One experiment: table, generator, bank, views, objective, encoder, evaluations. `silver`: masks that
-    the table has not, by a segmentor of another table. `external`: further data sets that evaluations may ask
+    the table has not, by a segmentor of another table. `chromap`: pictures of embeddings beside the report;
+    null draws none. `external`: further data sets that evaluations may ask
     for by their names; nothing is pre-trained on them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +75,7 @@ class Recipe(BaseModel):
     monitor: MonitorSettings | None = None
     external: dict[Name, Annotated[DataSettings, Field(discriminator="name")]] = Field(default_factory=dict)
     evaluate: tuple[Annotated[AnyEvaluation, Field(discriminator="name")], ...] = ()
+    chromap: ChromapsSettings | None = None
     hardware: HardwareSettings = Field(default_factory=HardwareSettings)
     track: Literal["none", "wandb"] = "none"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cfssl.chromaps import chromaps_of
 from cfssl.data.table import ImageTable
 from cfssl.engine.run import read_metrics
 from cfssl.errors import UserError
@@ -62,6 +63,7 @@ def compare(
     captions = [caption(list(jobs.values())) for caption in (curves_caption, monitor_caption)]
     pictures.append(Picture("Training", " ".join(filter(None, captions)), curves))
     pictures += [picture for name, job in jobs.items() for picture in overlays(name, job)]
+    pictures += [picture for name, job in jobs.items() for picture in colour_maps(name, job)]
     describe = descriptions or {}
     arms = [Arm(name, describe.get(name, ""), results[name]) for name in jobs]
     record = environment()
@@ -93,6 +95,20 @@ def overlays(arm: str, job: Pipeline) -> list[Picture]:
             )
             found.append(Picture(title, caption, job.evaluation.overlays(trial)))
     return found
+
+
+def colour_maps(arm: str, job: Pipeline) -> list[Picture]:
+    """The CHRO-map of an arm's first image, where its recipe asks for them; all of them and their page are
+    written beside the report."""
+    if job.recipe.chromap is None:
+        return []
+    folder = job.folder / "chromap"
+    chromaps_of(job, folder, job.recipe.chromap)
+    caption = (
+        "Pixels coloured by their embeddings, in a training image and its counterfactuals. "
+        f"{folder.name}/chromap.html shows more, and the nearest pixels of any point."
+    )
+    return [Picture(f"CHRO-map: {arm}", caption, folder / "image-000.png")]
 
 
 def curves_caption(jobs: Sequence[Pipeline]) -> str:

@@ -49,7 +49,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path: Path) -> None:
     done = cfssl(tmp_path, "--help")
     assert done.returncode == 0
-    verbs = "demo run check schema fit silver bank pretrain evaluate export report"
+    verbs = "demo run check schema fit silver bank pretrain evaluate chromap export report"
     assert all(verb in done.stdout for verb in verbs.split())
     heavy = "('torch', 'numpy', 'pandas', 'pydantic')"
     listing = f"import sys, cfssl.cli; print([name for name in {heavy} if name in sys.modules])"

@@ -31,6 +31,7 @@ FLOORS = [
     {"generation", "evaluation", "labelling"},
     {"pipeline"},
     {"check", "sheets"},
+    {"chromaps"},
     {"summary"},
     {"demo"},
     {"cli"},

@@ -289,6 +289,7 @@ TOGETHER = {
 WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
     f"monitor{key}" for key in ("", ".every", ".target", ".rows", ".stop_on_collapse")
 }
+WITHOUT_A_KEY |= {"chromap", "chromap.images", "chromap.preset"}
 
 
 def leaves(node: Any, path: str, met: set[str]) -> Iterator[tuple[str, Any]]:
