@@ -32,10 +32,9 @@ def asked_for(settings: ChromapsSettings | None, images: int | None, preset: str
     `UserError` for an unknown preset."""
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}; choose one of {', '.join(PRESETS)}.")
-    asked = {"images": images, "preset": preset}
-    return replace(
-        settings or ChromapsSettings(), **{name: value for name, value in asked.items() if value is not None}
-    )
+    base = settings or ChromapsSettings()
+    chosen: Any = preset or base.preset  # one of the presets
+    return replace(base, images=images or base.images, preset=chosen)
 
 
 def chromaps_of(
