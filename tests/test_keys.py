@@ -234,6 +234,7 @@ OTHERS: dict[str, Any] = {
     "objective.stride": 8,
     "objective.matches": [10, 4],
     "objective.decoder.widths": [64, 64, 48, 32, 32],
+    "objective.decoder.stride": 2,
     "objective.decoder.norm": "instance",
     "backbone.name": "resnet34",
     "backbone.options": {"stem_width": 32},
