@@ -64,6 +64,7 @@ PHANTOM: dict[str, Any] = {
     "objective": {"name": "simclr"},
     "init": {"backbone": "w.pth"},
     "monitor": {"target": "disease"},
+    "chromap": {},
     "evaluate": [{"name": "knn", "target": "disease"}],
 }
 ORACLE = PHANTOM | {"generator": {"name": "oracle", "parents": ["scanner", "disease"]}}
