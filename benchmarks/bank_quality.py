@@ -93,13 +93,14 @@ def rejections(trials: Trials) -> dict[str, dict[str, Any]]:
 
 
 def caught(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`gate_catches_harmful`: 1 where every harmful bank is caught and no other one is; `harmful_banks`: how
-    many there are."""
+    """`gate_catches_harmful`: 1 where some bank is harmful and every such bank is caught; without any,
+    nothing was shown and it is 0. `gate_spares_harmless`: 1 where no other bank is caught. `harmful_banks`:
+    how many there are."""
     harmful = {quality for quality in QUALITIES if figures[f"gain_{quality}"]["high"] < 0}
     rejected = {quality for quality in QUALITIES if figures[f"rejected_{quality}"]["value"] > CAUGHT}
     return {
         "harmful_banks": figure(float(len(harmful)), unit="of four"),
-        "gate_catches_harmful": figure(float(harmful <= rejected), unit="1: yes, 0: no"),
+        "gate_catches_harmful": figure(float(bool(harmful) and harmful <= rejected), unit="1: shown, 0: not"),
         "gate_spares_harmless": figure(float(rejected <= harmful), unit="1: yes, 0: no"),
     }
 
