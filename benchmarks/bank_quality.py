@@ -6,9 +6,10 @@ phantom_chest, CF-SimCLR with banks of different quality against SimCLR without 
 seeds (every HVAE is trained anew for every seed): `oracle`, true counterfactuals; `good`, the HVAE of
 acquisition_shift.py; `poor`, the same after one epoch with beta 2 (the published ablation); `wrong_domain`,
 the good HVAE fitted at another hospital, where everybody on a later scanner is ill, so that its do(scanner)
-brings the disease along. Each bank is used as it is and behind a gate whose judge, trained on real images of
-this hospital, has to see the scanner that was set and the disease unchanged; a view that the gate rejects is
-replaced by the real image. Gains are AUC points over SimCLR. A bank is harmful where its gain over all
+brings the disease along; `hidden_change`, true counterfactuals in which the disease is turned over besides
+(hidden_change.py), which has to hurt: without it the gate would have nothing to catch. Each bank is used as
+it is and behind a gate whose judge, trained on real images of this hospital, has to see the scanner that was
+set and the disease unchanged; a view that the gate rejects is replaced by the real image. Gains are AUC points over SimCLR. A bank is harmful where its gain over all
 scanners lies below 0 with its interval, and caught where the gate rejects more than half of its views.
 Resumable: everything lives in content-addressed stages.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hidden_change import HiddenChangeTask
 from pretraining import DRAWN, INTERVAL, Task, Trials, figures_section, make_all, minutes, probe
 from record import figure, over_seeds, write_results
 
@@ -27,7 +29,7 @@ FRACTIONS = (0.1, 1.0)
 SCANNERS = ("A", "B", "C", "D")
 RARE = ("C", "D")
 CAUGHT = 0.5  # rejected share
-QUALITIES = ("oracle", "good", "poor", "wrong_domain")
+QUALITIES = ("oracle", "good", "poor", "wrong_domain", "hidden_change")
 POOR = ("generator.train.epochs=1", "generator.beta=2.0")
 ELSEWHERE = (*DRAWN, "data.seed=2", "data.rho=1.0")
 JUDGE = "{attributes: [scanner, disease], train: {seed: 100}}"
@@ -61,6 +63,9 @@ def arms(runs: Path) -> dict[tuple[str, str, int], Task]:
         for quality, (recipe, overrides) in banks.items():
             found["open", quality, seed] = Task(recipe, (*own, *overrides))
             found["gated", quality, seed] = Task(recipe, (*own, *overrides, *GATE))
+        hidden, oracle = HiddenChangeTask, "phantom_cf_simclr_oracle.yaml"
+        found["open", "hidden_change", seed] = hidden(oracle, own)
+        found["gated", "hidden_change", seed] = hidden(oracle, (*own, *GATE))
     return found
 
 
@@ -99,7 +104,7 @@ def caught(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     harmful = {quality for quality in QUALITIES if figures[f"gain_{quality}"]["high"] < 0}
     rejected = {quality for quality in QUALITIES if figures[f"rejected_{quality}"]["value"] > CAUGHT}
     return {
-        "harmful_banks": figure(float(len(harmful)), unit="of four"),
+        "harmful_banks": figure(float(len(harmful)), unit="of five"),
         "gate_catches_harmful": figure(float(bool(harmful) and harmful <= rejected), unit="1: shown, 0: not"),
         "gate_spares_harmless": figure(float(rejected <= harmful), unit="1: yes, 0: no"),
     }

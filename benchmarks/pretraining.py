@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from record import figure, markdown_table, with_interval
 
-from cfssl.evaluate.groups import MISSING, paired_gap, paired_mean_of_groups, paired_worst_group
+from cfssl.evaluate.grouped import MISSING
+from cfssl.evaluate.groups import paired_gap, paired_mean_of_groups, paired_worst_group
 from cfssl.files import read_json
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
@@ -48,6 +49,12 @@ class Task:
     def pipeline(self, runs: Path) -> Pipeline:
         return Pipeline(load_recipe(RECIPES / self.recipe, self.overrides), runs, quiet=True)
 
+    def command(self, verb: str, runs: Path) -> list[str]:
+        """What makes the stage of `verb`, in a process of its own."""
+        quiet = [] if verb == "check" else ["--quiet"]
+        start = [sys.executable, "-m", "cfssl", *verb.split(), *quiet, "--runs", str(runs)]
+        return [*start, str(RECIPES / self.recipe), *self.overrides]
+
 
 def probe(target: str, by: str, fractions: Sequence[float], seed: int) -> str:
     """The linear probe, as an item of `evaluate`. Every training seed has a labelled subset of its own, the
@@ -57,13 +64,15 @@ def probe(target: str, by: str, fractions: Sequence[float], seed: int) -> str:
 
 
 def stages_of(job: Pipeline) -> dict[str, Stage]:
-    """The long stages, by the verb that makes them."""
+    """The long stages, by the verb that makes them; `evaluate` has those of its networks besides."""
     found = {"check": job.table_stage, "bank build": job.generation.bank_stage, "pretrain": job.encoder_stage}
+    if job.recipe.silver is not None:
+        found["label"] = job.labelling.stage
     generator = job.generation.generator_stage
     return found if generator is None else {**found, "fit": generator}
 
 
-VERBS = ("check", "fit", "judge", "bank build", "pretrain")
+VERBS = ("check", "fit", "judge", "bank build", "pretrain")  # "label" and "evaluate" are made as well
 
 
 def make_all(tasks: Iterable[Task], runs: Path, jobs: int, verbs: Sequence[str] = VERBS) -> None:
@@ -72,6 +81,11 @@ def make_all(tasks: Iterable[Task], runs: Path, jobs: int, verbs: Sequence[str] 
     pipelines = [(task, task.pipeline(runs)) for task in tasks]
     for verb in verbs:
         started = time.monotonic()
+        if verb == "label":
+            missing = {job.labelling.stage.key: job for _, job in pipelines if job.recipe.silver is not None}
+            for job in missing.values():
+                job.labelling.table  # noqa: B018
+            continue
         if verb == "judge":
             gated = {job.generation.judge_stages[0].key: job for _, job in pipelines if job.recipe.bank.gate}
             for job in gated.values():
@@ -80,7 +94,7 @@ def make_all(tasks: Iterable[Task], runs: Path, jobs: int, verbs: Sequence[str] 
             continue
         wave: dict[str, Task] = {}
         for task, job in pipelines:
-            stage = stages_of(job).get(verb)
+            stage = job.evaluation.stages()[-1] if verb == "evaluate" else stages_of(job).get(verb)
             if stage is not None and not stage.done:
                 wave.setdefault(stage.key, task)
         run_verb(verb, list(wave.values()), runs, jobs)
@@ -88,13 +102,11 @@ def make_all(tasks: Iterable[Task], runs: Path, jobs: int, verbs: Sequence[str] 
 
 
 def run_verb(verb: str, tasks: Sequence[Task], runs: Path, jobs: int) -> None:
-    """`cfssl VERB` once per task. Raises RuntimeError with what the first failing one said."""
-    quiet = [] if verb == "check" else ["--quiet"]
+    """`Task.command` of every task. Raises RuntimeError with what the first failing one said."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(task: Task) -> None:
-        start = [sys.executable, "-m", "cfssl", *verb.split(), *quiet, "--runs", str(runs)]
-        command = [*start, str(RECIPES / task.recipe), *task.overrides]
+        command = task.command(verb, runs)
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
@@ -106,8 +118,15 @@ def run_verb(verb: str, tasks: Sequence[Task], runs: Path, jobs: int) -> None:
 def minutes(pipelines: Iterable[Pipeline], jobs: int) -> float:
     """How long every stage took, each counted once however often the benchmark was resumed, over `jobs` side
     by side."""
-    stages = {stage.key: stage for job in pipelines for stage in stages_of(job).values()}
-    return sum(read_json(stage.folder / "done.json")["seconds"] for stage in stages.values()) / jobs / 60
+    stages = {stage.key: stage for job in pipelines for stage in timed_stages(job)}
+    records = [stage.folder / "done.json" for stage in stages.values() if stage.done]
+    return sum(read_json(record)["seconds"] for record in records) / jobs / 60
+
+
+def timed_stages(job: Pipeline) -> list[Stage]:
+    """Those in which time goes; the encoder of an arm that is not pre-trained is never made."""
+    networks = [stage for trial in job.evaluation.trials for stage in job.evaluation.network_stages(trial)]
+    return [*stages_of(job).values(), *networks]
 
 
 class Trials:

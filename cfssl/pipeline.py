@@ -11,7 +11,7 @@ person looks for: the resolved recipe, the environment, which stages were used, 
 """
 
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from cfssl.objectives import (
     known_attributes,
     labelling_masks,
     weighs_changes,
+    weighs_labels,
 )
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
@@ -52,14 +53,16 @@ from cfssl.visualise.views import slot_names, view_grid
 
 class Pipeline:
     """One recipe's stages under the folder `runs`. Each method makes what is missing and returns the
-    product."""
+    product. `generation_type`: what makes the bank."""
+
+    generation_type: type[Generation] = Generation
 
     def __init__(self, recipe: Recipe, runs: Path, quiet: bool = False) -> None:
         self.recipe, self.runs, self.quiet = recipe, runs, quiet
         self.folder = runs / recipe.name
         self.production = Production(recipe, runs, quiet)
         self.labelling = Labelling(self.production, self.table_stage.key, lambda: self.table)
-        self.generation = Generation(self.production, self.table_stage.key, lambda: self.table)
+        self.generation = self.generation_type(self.production, self.table_stage.key, lambda: self.table)
         keys = self.table_stage.key, self.encoder_stage.key
         origins = {"pretrained": self.pretrained, "initial": self.initial}
         origin_keys = {"pretrained": self.encoder_stage.key, "initial": self.initial_key}
@@ -117,6 +120,7 @@ class Pipeline:
             attributes,
             domains,
             self.labelling.table.masks_of(names).read if names else None,
+            partial(self.labelling.table.confidence, names) if weighs_labels(recipe.objective) else None,
             weighs_changes(recipe.objective),
         )
 

@@ -491,7 +491,9 @@ def objective_after_training(settings: Any, folder: Path) -> dict[str, torch.Ten
             images = torch.rand(8, views, 1, 16, 16, generator=torch_generator("views", step))
             batch = batch_of(images, {"patient": torch.arange(8) // 2})
             labels = torch.cat([images, 1 - images], dim=2) > 0.7
-            return [dataclasses.replace(batch, labels=labels, change=images[:, :, 0])]
+            confidence = torch.linspace(0.1, 1, 2 * len(images)).unflatten(0, (-1, 2))
+            more = {"labels": labels, "confidence": confidence, "change": images[:, :, 0]}
+            return [dataclasses.replace(batch, **more)]
 
     task = create_objective(settings, encoder, 0, images=8000, steps=4)
     run = Run(folder, CPU, quiet=True)

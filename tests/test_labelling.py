@@ -141,6 +141,14 @@ def test_an_objective_sees_silver_masks_as_labels_of_its_views(done: Pipeline) -
     stored = done.labelling.table.masks_of(structures).read(batch.row.numpy()) > 0
     for view in range(batch.images.shape[1]):
         np.testing.assert_array_equal(batch.labels[:, view], stored)
+    assert batch.confidence is None
+    weighed = job(done.runs, objective={"name": "s_dvd", "structures": structures, "label_confidence": True})
+    batch = weighed.view_data()[0][0]
+    assert batch.confidence is not None
+    expected = done.labelling.table.confidence(structures, batch.row.numpy())
+    np.testing.assert_array_equal(batch.confidence.numpy(), expected)
+    assert expected[:, 0].std() > 0  # of the silver mask
+    assert (expected[:, 1] == 1).all()  # of the table's own
     with pytest.raises(UserError, match=r"objective\.structures = 'silver_hart': no such mask; the nearest"):
         job(done.runs, objective={"name": "s_dvd", "structures": ["silver_hart"]}).table  # noqa: B018
 

@@ -38,6 +38,7 @@ class ViewBatch:
     attributes: dict[str, torch.Tensor]  # factual, (B,) each; a code of -1 is a missing value
     row: torch.Tensor  # (B,) long: row of the table
     labels: torch.Tensor | None = None  # (B, V, M, H, W) bool: masks of the real image, warped as the views
+    confidence: torch.Tensor | None = None  # (B, M) float32 in [0, 1]: how far these masks can be trusted
     change: torch.Tensor | None = None  # (B, V, H, W) float32 in [0, 1]: stored image shown minus real one
     local: Self | None = None  # further views of the same items, of a size of their own (multi-crop)
 
@@ -150,11 +151,13 @@ class ViewData:
         attributes: Mapping[str, torch.Tensor] | None = None,
         domains: Mapping[Domain, int] | None = None,
         masks: Callable[[np.ndarray], np.ndarray] | None = None,
+        confidence: Callable[[np.ndarray], np.ndarray] | None = None,
         changes: bool = False,
     ) -> None:
         """`attributes`: factual values (N,) of the source's items. `domains`: how many of them have each
         value of the variables that the view plan intervenes on, see `domain_counts`. `masks`: of table rows
         (n,), as (n, M, H, W) of 0 and 1; they become the labels of the global views, counterfactual or not.
+        `confidence`: of these masks, as (n, M) in [0, 1].
         `changes`: the global views tell where and how much what they show differs from the real image,
         before any look, by the channel that differs most. Raises `UserError` when an epoch has no full batch
         or the source cannot serve the plan."""
@@ -167,6 +170,7 @@ class ViewData:
         self.source, self.settings, self.accumulate, self.seed = source, settings, accumulate, seed
         self.order = EpochOrder(len(source), batch, epochs, seed)
         self.attributes, self.masks, self.changes = dict(attributes or {}), masks, changes
+        self.confidence = confidence
         local = settings.local
         plan, others = settings.counterfactual, local.count if local else 0
         self.plan = SlotPlan(source, settings.count, plan, domains, others)
@@ -250,6 +254,9 @@ class ViewData:
                 for own, views in zip(masks, affines, strict=True)
             ]
             labels = torch.from_numpy(np.array(warped_masks) > 0)
+        confidence = None
+        if self.confidence is not None and not kind.is_local:
+            confidence = torch.from_numpy(self.confidence(self.source.rows[items]))
         change = None
         if self.changes and not kind.is_local:
             change = torch.from_numpy(self._change(items, slots[:, kind.numbers], affines, kind.size))
@@ -264,6 +271,7 @@ class ViewData:
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
             labels=labels,
+            confidence=confidence,
             change=change,
         )
 

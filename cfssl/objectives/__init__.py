@@ -115,6 +115,11 @@ def labelling_masks(settings: ObjectiveSettings) -> tuple[str, ...]:
             return ()
 
 
+def weighs_labels(settings: ObjectiveSettings) -> bool:
+    """Whether the objective asks how far its labels can be trusted."""
+    return isinstance(settings, SDVDSettings | SMVDSettings) and settings.label_confidence
+
+
 def weighs_changes(settings: ObjectiveSettings) -> bool:
     """Whether the objective looks at where counterfactuals differ from their images."""
     return isinstance(settings, DenseSettings) and settings.change_scale is not None

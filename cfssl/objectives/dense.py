@@ -12,7 +12,8 @@ points are the same. With z the projections of points of the decoder's map,
 
 with the losses of `dense_loss.py`. The settings are the published ones. Beyond the paper, each off by
 default: pairs among the counterfactuals (`anchors: all_pairs`), negatives that are not near the anchor
-(`exclusion_radius`), and less weight where a counterfactual changed its image (`change_scale`). Differences
+(`exclusion_radius`), and less weight where a counterfactual changed its image (`change_scale`) or where
+silver labels are doubtful (`label_confidence`). Differences
 from the published code: points match exactly (`points.py`), views without overlap weigh nothing, and
 background pixels are no anchors of S-MVD unless `background_anchors` says so; in the published code the flag
 has no effect there, and they are.
@@ -71,11 +72,14 @@ class DVDSettings(PairSettings):
 @dataclass(frozen=True, config=STRICT)
 class SDVDSettings(PairSettings):
     """`structures`: the masks that make the classes; a pixel is of the first that covers it, else background.
-    `background_anchors`: background pixels look for their like as well; they are negatives in any case."""
+    `background_anchors`: background pixels look for their like as well; they are negatives in any case.
+    `label_confidence`: a point weighs as much as the mask that labels it can be trusted in its image, a
+    background point as the least trusted one."""
 
     structures: Structures = Field(kw_only=True)
     name: Literal["s_dvd"] = "s_dvd"
     background_anchors: bool = False
+    label_confidence: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,11 +92,12 @@ class MVDSettings(DenseSettings):
 
 @dataclass(frozen=True, config=STRICT)
 class SMVDSettings(DenseSettings):
-    """`structures` and `background_anchors` as of S-DVD."""
+    """`structures`, `background_anchors` and `label_confidence` as of S-DVD."""
 
     structures: Structures = Field(kw_only=True)
     name: Literal["s_mvd"] = "s_mvd"
     background_anchors: bool = False
+    label_confidence: bool = False
 
 
 AnyDenseSettings = DVDSettings | SDVDSettings | MVDSettings | SMVDSettings
@@ -145,13 +150,13 @@ class Dense(nn.Module):
                     for view, place in ((a, points.first), (b, points.second))
                 )
                 options: dict[str, Any] = {"is_known": points.is_known}
+                weights = []
                 if settings.change_scale:
                     assert batch.change is not None
-                    weights = [
+                    weights += [
                         self.unchanged(batch.change[:, view], place)
                         for view, place in ((a, points.first), (b, points.second))
                     ]
-                    options |= {"weight": weights[0] * weights[1]}
                 if settings.exclusion_radius:
                     options |= {
                         "source": points.source,
@@ -161,6 +166,12 @@ class Dense(nn.Module):
                     assert codes is not None
                     labels = codes_at(codes[:, a], points.first), codes_at(codes[:, b], points.second)
                     options |= {"labels": labels, "background_anchors": settings.background_anchors}
+                    if settings.label_confidence:
+                        assert batch.confidence is not None
+                        trust = [trusted(batch.confidence, of_view) for of_view in labels]
+                        weights.append(torch.minimum(*trust))  # the views may fall beside a border
+                if weights:
+                    options |= {"weight": torch.stack(weights).prod(0)}
                 with torch.autocast(z_a.device.type, enabled=False):
                     losses.append(pair_loss(z_a.float(), z_b.float(), settings.temperature, **options))
                 known.append(points.is_known.float().mean())
@@ -176,16 +187,21 @@ class Dense(nn.Module):
         places = points.flatten(0, 1)
         z = self.projected(maps.flatten(0, 1), places).unflatten(0, shape)
         options: dict[str, Any] = {"is_known": is_known}
+        weights = []
         if settings.change_scale:
             assert batch.change is not None
-            weight = self.unchanged(batch.change.flatten(0, 1), places)
-            options |= {"weight": weight.unflatten(0, shape)}
+            weights.append(self.unchanged(batch.change.flatten(0, 1), places).unflatten(0, shape))
         if isinstance(settings, MVDSettings):
             options |= {"source": source, "radius": settings.radius}
         elif isinstance(settings, SMVDSettings):
             assert codes is not None
             labels = codes_at(codes.flatten(0, 1), places).unflatten(0, shape)
             options |= {"labels": labels, "background_anchors": settings.background_anchors}
+            if settings.label_confidence:
+                assert batch.confidence is not None
+                weights.append(trusted(batch.confidence, labels))
+        if weights:
+            options |= {"weight": torch.stack(weights).prod(0)}
         with torch.autocast(z.device.type, enabled=False):
             loss = multi_view_loss(z.float(), settings.temperature, **options)
         return {"loss": loss, "overlap": is_known.float().mean()}
@@ -220,6 +236,14 @@ def class_codes(labels: torch.Tensor) -> torch.Tensor:
     codes = covered.long().argmax(dim=2)  # the first of equals; 0 where nothing covers
     is_unknown = ~labels.flatten(1).any(dim=1)
     return torch.where(is_unknown[:, None, None, None], -1, codes)
+
+
+def trusted(confidence: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """How far the labels of points can be trusted, as `codes` (B, ...) of `class_codes`: what the
+    `confidence` (B, M) says of their mask in their image, and of the background the least of it; of -1,
+    which is no label, as well."""
+    of_class = torch.cat([confidence.amin(dim=1, keepdim=True), confidence], dim=1)
+    return of_class.gather(1, codes.clamp_min(0).flatten(1)).view_as(codes)
 
 
 def codes_at(codes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -931,6 +931,22 @@ def test_without_masks_there_are_no_labels_and_with_them_nothing_else_changes() 
         assert after.local.labels is None
 
 
+def test_how_far_masks_can_be_trusted_comes_with_the_items_that_have_them() -> None:
+    def confidence(rows: np.ndarray) -> np.ndarray:
+        return np.stack([rows / 1000, 1 - rows / 1000], axis=1).astype(np.float32)
+
+    settings = ViewSettings(local=LocalViewSettings(size=8, count=2))
+    parts = ViewData(
+        BlockSource(), settings, 8, 1, seed=0, accumulate=2, masks=block_masks, confidence=confidence
+    )[0]
+    for part in parts:
+        assert part.confidence is not None
+        np.testing.assert_array_equal(part.confidence.numpy(), confidence(part.row.numpy()))
+        assert part.local is not None
+        assert part.local.confidence is None
+    assert ViewData(BlockSource(), settings, 8, 1, seed=0, masks=block_masks)[0][0].confidence is None
+
+
 def test_change_is_where_and_how_much_a_view_differs_from_its_real_image() -> None:
     class Spots(MemorySource):
         """Slot s adds 10 s grey levels to the upper half of the image."""

@@ -19,6 +19,7 @@ from cfssl.objectives.dense import (
     SDVDSettings,
     SMVDSettings,
     class_codes,
+    trusted,
     view_pairs,
 )
 from cfssl.seeds import torch_generator
@@ -248,3 +249,52 @@ def test_points_that_a_counterfactual_changed_weigh_less(name: str, monkeypatch:
         expected = torch.ones(3, 24) if loss == "pair_loss" else torch.ones(3, 2, 24)
         expected[(1,) if loss == "pair_loss" else (1, 1)] = math.exp(-3)
         torch.testing.assert_close(weight, expected)
+
+
+def test_a_label_is_trusted_as_its_mask_and_background_as_the_least_of_them() -> None:
+    confidence = torch.tensor([[0.9, 0.6], [0.3, 0.8]])
+    codes = torch.tensor([[[0, 1, 2]], [[2, -1, 1]]])
+    assert (
+        trusted(confidence, codes).tolist() == torch.tensor([[[0.6, 0.9, 0.6]], [[0.8, 0.3, 0.3]]]).tolist()
+    )
+
+
+@pytest.mark.parametrize("name", ["s_dvd", "s_mvd"])
+def test_points_with_doubtful_labels_weigh_less_in_the_loss(name: str) -> None:
+    """With equal confidence nothing changes; an image that is not trusted at all counts like one without
+    labels, up to its points as negatives."""
+    batch, settings = scene(4, 2, CROPS), replace(METHODS[name], label_confidence=True)
+    plain = dense(METHODS[name])(batch, 0)["loss"]
+
+    def loss(confidence: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = dense(settings)(replace(batch, confidence=confidence), 0)["loss"]
+        return found
+
+    torch.testing.assert_close(loss(torch.full((4, 2), 0.7)), plain)
+    doubtful = torch.full((4, 2), 0.7)
+    doubtful[1] = 0.0
+    assert batch.labels is not None
+    unlabelled = batch.labels.clone()
+    unlabelled[1] = False
+    expected = dense(METHODS[name])(replace(batch, labels=unlabelled), 0)["loss"]
+    torch.testing.assert_close(loss(doubtful), expected)
+    assert not torch.isclose(expected, plain, rtol=1e-4)
+
+
+def test_doubt_and_change_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfssl.objectives import dense as module
+
+    seen = []
+
+    def spy(*arguments: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        seen.append(options["weight"])
+        return arguments[0].sum() * 0
+
+    monkeypatch.setattr(module, "multi_view_loss", spy)
+    settings = replace(METHODS["s_mvd"], label_confidence=True, change_scale=0.1)
+    change = torch.zeros(3, 2, *SIZE)
+    change[:, 1] = 0.1
+    batch = replace(scene(3, 2, CROPS), change=change, confidence=torch.full((3, 2), 0.5))
+    dense(settings)(batch, 0)
+    expected = torch.tensor([0.5, 0.5 * math.exp(-1)])[:, None].expand(3, 2, 24)
+    torch.testing.assert_close(seen[0], expected)
