@@ -9,8 +9,9 @@ the good HVAE fitted at another hospital, where everybody on a later scanner is 
 brings the disease along; `hidden_change`, true counterfactuals in which the disease is turned over besides
 (hidden_change.py), which has to hurt: without it the gate would have nothing to catch. Each bank is used as
 it is and behind a gate whose judge, trained on real images of this hospital, has to see the scanner that was
-set and the disease unchanged; a view that the gate rejects is replaced by the real image. Gains are AUC points over SimCLR. A bank is harmful where its gain over all
-scanners lies below 0 with its interval, and caught where the gate rejects more than half of its views.
+set and the disease unchanged; a view that the gate rejects is replaced by the real image. Gains are AUC
+points over SimCLR. A bank is harmful where its gain over all scanners lies below 0 with its interval, and
+caught where the gate rejects more than half of its views.
 Resumable: everything lives in content-addressed stages.
 """
 

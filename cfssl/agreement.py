@@ -174,7 +174,7 @@ def segment_mistakes(
         ]
     found = tuning_mistakes(recipe, table, settings, tuned)
     try:
-        if not len(labelled_rows(tuned, settings.labelled, "test")):
+        if not len(labelled_rows(tuned, settings, "test")):
             found.append(f"{path}: no test image of {tuned.name} has masks")
         for fold in range(settings.folds):
             rows = shares(settings, tuned, min(settings.fractions), settings.seeds[0], fold)

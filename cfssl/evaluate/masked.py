@@ -4,30 +4,30 @@ What enters: a table with masks and the settings of a segmentation. What leaves:
 together in label fractions and in folds, and test rows are never among them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from cfssl.data.labels import silver_name
 from cfssl.data.table import ImageTable, texts
 from cfssl.errors import UserError, nearest, quoted
 from cfssl.evaluate.grouped import labels_of
 from cfssl.evaluate.probe import subset_labels
-from cfssl.evaluate.settings import LabelRule, SegmentSettings
+from cfssl.evaluate.settings import SegmentSettings
 from cfssl.seeds import derive_seed
 
 READ = 512  # images whose masks are looked at at a time
 
 
-def labelled_rows(table: ImageTable, labelled: LabelRule, split: str) -> np.ndarray:
+def labelled_rows(table: ImageTable, settings: SegmentSettings, split: str) -> np.ndarray:
     """The rows of a split whose masks are labels. Raises `UserError` for a column or a value that the table
     does not have."""
-    rows = table.rows(split)
+    rows, labelled = table.rows(split), settings.labelled
     if labelled == "all":
         return rows
     if labelled == "masked":
-        return rows[_has_pixels(table, rows)]
+        return rows[_has_pixels(table, rows, settings.structures)]
     keep = np.ones(len(rows), dtype=bool)
     for column, accepted in labelled.items():
         if column not in table.frame.columns:
@@ -46,11 +46,17 @@ def labelled_rows(table: ImageTable, labelled: LabelRule, split: str) -> np.ndar
     return rows[keep]
 
 
-def _has_pixels(table: ImageTable, rows: np.ndarray) -> np.ndarray:
-    """Whether any of the table's masks has a pixel, (n,)."""
+def _has_pixels(table: ImageTable, rows: np.ndarray, structures: tuple[str, ...]) -> np.ndarray:
+    """Whether any of the table's masks has a pixel, (n,). Silver masks, which every image has, say nothing
+    about human ones; they count where they are among the `structures`."""
     assert table.masks is not None  # a structure of it is segmented
+    counted = [
+        place
+        for place, name in enumerate(table.mask_names)
+        if name in structures or not name.startswith(silver_name(""))
+    ]
     chunks = [rows[start : start + READ] for start in range(0, len(rows), READ)]
-    found = [table.masks.read(chunk).reshape(len(chunk), -1).any(1) for chunk in chunks]
+    found = [table.masks.read(chunk)[:, counted].any((1, 2, 3)) for chunk in chunks]
     return np.concatenate(found) if found else np.zeros(0, dtype=bool)
 
 
@@ -68,7 +74,7 @@ class Shares:
 
 def shares(settings: SegmentSettings, table: ImageTable, fraction: float, seed: int, fold: int) -> Shares:
     """See `Shares`. Raises `UserError` where no row is left to train on or to choose with."""
-    train, val = (labelled_rows(table, settings.labelled, split) for split in ("train", "val"))
+    train, val = (labelled_rows(table, settings, split) for split in ("train", "val"))
     if settings.folds > 1:
         train, val = folded(settings, table, np.sort(np.concatenate([train, val])), fold)
     for name, rows in (("training", train), ("validation", val)):
@@ -113,11 +119,3 @@ def patients_of(table: ImageTable, rows: np.ndarray) -> np.ndarray:
     if table.group is None:
         return rows
     return texts(table.frame[table.group].iloc[rows]).to_numpy()
-
-
-def about_rows(table: ImageTable, labelled: LabelRule) -> Mapping[str, int]:
-    """How many rows of each split have no masks."""
-    return {
-        split: len(table.rows(split)) - len(labelled_rows(table, labelled, split))
-        for split in ("train", "val", "test")
-    }

@@ -34,7 +34,7 @@ def evaluate_segments(
     "MEASURE-FRACTION-SEED" (n, S), means over the folds. `fitted_on`: the table of the training rows.
 
     Raises `UserError` where no test row has masks."""
-    rows = labelled_rows(tested, settings.labelled, "test")
+    rows = labelled_rows(tested, settings, "test")
     without = len(tested.rows("test")) - len(rows)
     if not len(rows):
         raise UserError(

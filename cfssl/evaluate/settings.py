@@ -141,8 +141,9 @@ class SegmentSettings(EvaluationSettings):
 
     `structures`: masks of the table. They may overlap, each has a sigmoid of its own; `exclusive`: they do
     not, and one softmax tells them and the background apart. `labelled`: the rows whose masks are labels:
-    "masked" are those in which any mask of the table has a pixel, "all" takes empty masks for labels too, and
-    {column: accepted values} asks the table. `fractions` are shares of the labelled training patients.
+    "masked" are those in which any mask of the table that is not silver has a pixel, "all" takes empty masks
+    for labels too, and {column: accepted values} asks the table. `fractions` are shares of the labelled
+    training patients.
 
     `start`: the encoder of the pre-training, with the decoder of an objective that has one, or the "initial"
     one that the pre-training began with. `decoder`: a new one of this kind; null is that of the objective, or

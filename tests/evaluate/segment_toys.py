@@ -23,14 +23,19 @@ DECODER = {"widths": [8, 8, 8, 8, 8]}
 
 
 def table_of_discs(
-    folder: Path, other_test: bool = False, without: tuple[int, ...] = (), disjoint: bool = False
+    folder: Path,
+    other_test: bool = False,
+    without: tuple[int, ...] = (),
+    disjoint: bool = False,
+    silver: bool = False,
 ) -> ImageTable:
     """Bright discs on noise, two images of each patient; `other_test`: the test rows show others; `without`:
-    rows whose masks are empty and whose column `has_mask` says so."""
+    rows whose masks are empty and whose column `has_mask` says so; `silver`: the disc has a silver mask too,
+    there as well."""
     rng = numpy_generator("discs")
     y, x = np.indices(SIZE)
     images = rng.integers(0, 120, (ROWS, 1, *SIZE), dtype=np.uint8)
-    masks = np.zeros((ROWS, 2, *SIZE), dtype=np.uint8)
+    masks = np.zeros((ROWS, 2 + silver, *SIZE), dtype=np.uint8)
     for row in range(ROWS):
         if other_test and row == TEST[0]:
             rng = numpy_generator("other discs")
@@ -39,8 +44,9 @@ def table_of_discs(
         lower = disc & (y > centre[0])
         images[row, 0][disc] += 100
         images[row, 0][lower] += 35
-        masks[row] = disc & ~lower if disjoint else disc, lower
-    masks[list(without)] = 0
+        masks[row, :2] = disc & ~lower if disjoint else disc, lower
+        masks[row, 2:] = disc
+    masks[list(without), :2] = 0
     has_mask = np.ones(ROWS, np.int64)
     has_mask[list(without)] = 0
     kinds = {"scanner": ("A", "B"), "sex": ("F", "M")}
@@ -54,7 +60,8 @@ def table_of_discs(
         }
     )
     attributes = {name: Attribute(name, "binary", values) for name, values in kinds.items()}
-    return save_prepared(folder, "discs", frame, attributes, images, masks, STRUCTURES, group="patient")
+    names = (*STRUCTURES, "silver_disc") if silver else STRUCTURES
+    return save_prepared(folder, "discs", frame, attributes, images, masks, names, group="patient")
 
 
 def masks_of(table: ImageTable, rows: np.ndarray, structures: tuple[str, ...] = STRUCTURES) -> np.ndarray:

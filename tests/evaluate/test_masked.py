@@ -21,19 +21,27 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
 @pytest.mark.parametrize("rule", ["masked", {"has_mask": (1,)}])
 def test_rows_without_masks_are_left_out(table: ImageTable, rule: object) -> None:
     for split, rows in (("train", TRAIN), ("val", VAL), ("test", TEST)):
-        found = labelled_rows(table, rule, split)
+        found = labelled_rows(table, settings(labelled=rule), split)
         np.testing.assert_array_equal(found, np.setdiff1d(rows, WITHOUT))
 
 
 def test_a_table_asked_for_all_takes_empty_masks_for_labels(table: ImageTable) -> None:
-    np.testing.assert_array_equal(labelled_rows(table, "all", "train"), TRAIN)
+    np.testing.assert_array_equal(labelled_rows(table, settings(labelled="all"), "train"), TRAIN)
+
+
+def test_silver_masks_make_no_row_a_labelled_one_unless_they_are_what_is_segmented(tmp_path: Path) -> None:
+    silver = table_of_discs(tmp_path / "t", without=WITHOUT, silver=True)
+    found = labelled_rows(silver, settings(), "train")
+    np.testing.assert_array_equal(found, np.setdiff1d(TRAIN, WITHOUT))
+    found = labelled_rows(silver, settings(structures=("silver_disc",)), "train")
+    np.testing.assert_array_equal(found, TRAIN)
 
 
 def test_a_rule_that_the_table_cannot_answer_is_refused(table: ImageTable) -> None:
     with pytest.raises(UserError, match=r"column 'has_masks', which .* the nearest is 'has_mask'"):
-        labelled_rows(table, {"has_masks": (1,)}, "train")
+        labelled_rows(table, settings(labelled={"has_masks": (1,)}), "train")
     with pytest.raises(UserError, match="accepts 'yes' of column 'has_mask'"):
-        labelled_rows(table, {"has_mask": ("yes",)}, "train")
+        labelled_rows(table, settings(labelled={"has_mask": ("yes",)}), "train")
 
 
 def test_masks_come_in_the_order_asked_for(table: ImageTable) -> None:
