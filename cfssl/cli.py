@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from cfssl.engine.interruption import Interrupted, Interruption
 from cfssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Runs = Annotated[Path, typer.Option("--runs", envvar="CFSSL_RUNS", help="Where s
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 RUNS = Path("runs")
 
-INTERRUPTED = 130
+INTERRUPTION = Interruption()  # listens while a verb runs
 # What the user's disks and permissions can be blamed for. A missing file is not among these: where a recipe
 # names one, the code says so itself, and elsewhere it is a mistake of ours that needs its traceback.
 PERMISSION = "check its permissions, or choose another place, e.g. with --runs"
@@ -52,7 +53,7 @@ def pipeline(recipe: Path, overrides: list[str] | None, runs: Path, quiet: bool 
     from cfssl.pipeline import Pipeline
     from cfssl.recipe import load_recipe
 
-    return Pipeline(load_recipe(recipe, overrides or ()), runs, quiet)
+    return Pipeline(load_recipe(recipe, overrides or ()), runs, quiet, INTERRUPTION)
 
 
 @app.command()
@@ -61,7 +62,7 @@ def demo(overrides: Overrides = None, runs: Runs = RUNS, quiet: Quiet = False) -
     report."""
     from cfssl.demo import run_demo
 
-    print(run_demo(runs, overrides or (), quiet))
+    print(run_demo(runs, overrides or (), quiet, INTERRUPTION))
 
 
 @app.command()
@@ -257,13 +258,14 @@ def report(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS, q
 
 def main() -> None:
     """The entry point: a `UserError`, and what only the user's machine can be blamed for, is printed as one
-    sentence, with exit code 2; an interruption with 130."""
+    sentence, with exit code 2; an interruption with 128 and the number of its signal."""
     # Threads of the numerical libraries are set before they are imported; a job's own allotment counts, not
     # the machine's.
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
     try:
-        app()
+        with INTERRUPTION.listening():
+            app()
     except UserError as error:
         _stop(2, str(error))
     except OSError as error:
@@ -271,10 +273,8 @@ def main() -> None:
             raise
         where = error.filename2 or error.filename or "a file"
         _stop(2, f"{where} cannot be used ({error.strerror}); {PLACES[error.errno]}.")
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # typer turns an interruption into this code without a word
-            _stop(INTERRUPTED, "interrupted; the same command goes on where it stopped.")
-        raise
+    except Interrupted as stop:
+        _stop(128 + stop.number, f"interrupted ({stop}); the same command goes on where it stopped.")
 
 
 def _print_gate(bank: "Bank") -> None:

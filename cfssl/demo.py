@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from cfssl.engine.interruption import Interruption
 from cfssl.errors import UserError
 from cfssl.pipeline import Pipeline
 from cfssl.recipe import load_recipe
@@ -21,10 +22,15 @@ ARMS = {
 }
 
 
-def run_demo(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Path:
+def run_demo(
+    runs: Path,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    interruption: Interruption | None = None,
+) -> Path:
     """Runs what is missing under `runs`, prints the results and returns the path of report.html."""
     started = time.monotonic()
-    jobs = arms(runs, overrides, quiet)
+    jobs = arms(runs, overrides, quiet, interruption)
     for job in jobs.values():
         job.run()
     minutes = (time.monotonic() - started) / 60
@@ -40,7 +46,12 @@ def run_demo(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> 
     return page
 
 
-def arms(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> dict[str, Pipeline]:
+def arms(
+    runs: Path,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    interruption: Interruption | None = None,
+) -> dict[str, Pipeline]:
     """Name of the arm -> its pipeline. What makes an arm is said after the overrides, which so change all
     arms alike; an override of one of these settings itself would be void and is refused."""
     fixed = {setting.partition("=")[0] for _, own in ARMS.values() for setting in own}
@@ -52,6 +63,6 @@ def arms(runs: Path, overrides: Sequence[str] = (), quiet: bool = False) -> dict
         )
     with resources.as_file(resources.files("cfssl") / "demo.yaml") as recipe:
         return {
-            name: Pipeline(load_recipe(recipe, [*overrides, *own]), runs, quiet)
+            name: Pipeline(load_recipe(recipe, [*overrides, *own]), runs, quiet, interruption)
             for name, (_, own) in ARMS.items()
         }

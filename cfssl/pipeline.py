@@ -23,6 +23,7 @@ from cfssl.data.plan import ViewSource, domain_counts
 from cfssl.data.table import ImageTable
 from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
+from cfssl.engine.interruption import Interruption
 from cfssl.engine.loop import fit
 from cfssl.engine.run import Run
 from cfssl.evaluate.monitor import Monitor
@@ -57,10 +58,12 @@ class Pipeline:
 
     generation_type: type[Generation] = Generation
 
-    def __init__(self, recipe: Recipe, runs: Path, quiet: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, runs: Path, quiet: bool = False, interruption: Interruption | None = None
+    ) -> None:
         self.recipe, self.runs, self.quiet = recipe, runs, quiet
         self.folder = runs / recipe.name
-        self.production = Production(recipe, runs, quiet)
+        self.production = Production(recipe, runs, quiet, interruption)
         self.labelling = Labelling(self.production, self.table_stage.key, lambda: self.table)
         self.generation = self.generation_type(self.production, self.table_stage.key, lambda: self.table)
         keys = self.table_stage.key, self.encoder_stage.key

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
+from cfssl.engine.interruption import Interruption
 from cfssl.engine.run import Run, Tracker, torch_threads
 from cfssl.experiment import DataSettings, Recipe
 from cfssl.files import made_folders, write_json
@@ -24,10 +25,14 @@ from cfssl.stages import MEASURE_CODE, TABLE_CODE, Stage, keyed_stage
 
 
 class Production:
-    """One recipe's stages under the folder `runs`. `used`: folder name -> what was used, made or reused."""
+    """One recipe's stages under the folder `runs`. `used`: folder name -> what was used, made or reused.
+    `interruption`: asked between stages, and by trainings between steps."""
 
-    def __init__(self, recipe: Recipe, runs: Path, quiet: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, runs: Path, quiet: bool = False, interruption: Interruption | None = None
+    ) -> None:
         self.recipe, self.runs, self.quiet = recipe, runs, quiet
+        self.interruption = interruption or Interruption()
         self.used: dict[str, dict[str, Any]] = {}
 
     def stage(self, name: str, *content: Any, code: tuple[str, ...]) -> Stage:
@@ -74,12 +79,16 @@ class Production:
 
     def run(self, folder: Path) -> Run:
         """What a training writes to and computes on."""
-        return Run(folder, self.recipe.hardware, quiet=self.quiet, trackers=trackers(self.recipe, folder))
+        own = trackers(self.recipe, folder)
+        return Run(
+            folder, self.recipe.hardware, quiet=self.quiet, trackers=own, interruption=self.interruption
+        )
 
     def finish(self, stage: Stage, make: Callable[[Path], None]) -> None:
         """Runs `make` unless the stage is done already, and notes what was used."""
         reused = stage.done
         if not reused:
+            self.interruption.check()
             started = time.monotonic()
             with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
                 make(stage.folder)

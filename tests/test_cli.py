@@ -330,13 +330,15 @@ def test_a_missing_file_of_our_own_keeps_its_traceback(recipe: Path, monkeypatch
         main()
 
 
-def test_an_interruption_is_one_sentence_and_code_130(recipe: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR2", 140)])
+def test_an_interruption_is_one_sentence_and_a_code_that_names_the_signal(
+    name: str, code: int, recipe: Path
+) -> None:
     program = (
         "import os, signal, sys, time, cfssl.check, cfssl.cli; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "wait = lambda job: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); "
+        f"wait = lambda job: (os.kill(os.getpid(), signal.{name}), time.sleep(60)); "
         f"cfssl.check.describe = wait; sys.argv = ['cfssl', 'check', {str(recipe)!r}]; cfssl.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr == "cfssl: interrupted; the same command goes on where it stopped.\n"
+    assert done.returncode == code
+    assert done.stderr == f"cfssl: interrupted ({name}); the same command goes on where it stopped.\n"

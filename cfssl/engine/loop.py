@@ -4,7 +4,8 @@ What enters: a task (an nn.Module whose `forward(batch, step)` returns a dict wi
 `after_step(step)` does what must happen once per optimiser step), and step data (`data[step]` gives the
 micro-batches of that step, a pure function of the seed and the step). What leaves: the trained task,
 metrics.jsonl and checkpoint.safetensors in the run's folder. Stopped at any step and started again, it ends
-with the same weights, bit for bit on the CPU.
+with the same weights, bit for bit on the CPU. Asked to stop, it finishes the step, saves, and raises
+`Interrupted`.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.guard import GradientGuard
+from cfssl.engine.interruption import ignore_signals
 from cfssl.engine.meter import Meter
 from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, torch_threads
@@ -108,7 +110,7 @@ def fit(
 
     Continues from the run's checkpoint when there is one. Raises `UserError` when loss or weights stop being
     finite, when the guard gives up, when the checkpoint belongs to another task or schedule, or when the
-    observer says so, after a checkpoint.
+    observer says so, after a checkpoint; and `Interrupted`, after a checkpoint too.
     """
     from lightning_fabric import Fabric
 
@@ -142,6 +144,15 @@ def fit(
             "meter": meter.state_dict(),
         }
 
+    def save(step: int) -> None:
+        """When `step` steps are done."""
+        if not (meter.is_finite and all_finite(task)):
+            raise UserError(
+                f"{label}: loss or weights are not finite after step {step - 1}; {run.checkpoint_path} keeps "
+                f"an earlier step. Lower the learning rate ({settings.lr:.3g})."
+            )
+        save_checkpoint(run.checkpoint_path, snapshot(step))
+
     step = 0
     if run.checkpoint_path.exists():
         state = load_checkpoint(run.checkpoint_path)
@@ -163,8 +174,12 @@ def fit(
     model.train()
     batches = timed(loader(data, range(step, last), hardware.workers))
     bar = ProgressBar(label, total=steps, done=step, quiet=run.quiet)
-    with bar, torch.random.fork_rng(), torch_threads(hardware.threads):
+    deferred = run.interruption.deferred()
+    with bar, deferred, torch.random.fork_rng(), torch_threads(hardware.threads):
         for step, (micro_batches, waited) in zip(range(step, last), batches, strict=True):  # noqa: B020
+            if run.interruption.number is not None:
+                save(step)
+                run.interruption.check()
             lr = warmup_cosine(step, steps, settings.lr, settings.lr * settings.final_lr_share, warmup)
             decay = settings.weight_decay
             if settings.final_weight_decay is not None:
@@ -219,12 +234,7 @@ def fit(
                 run.log({"step": step, **seen.content})
                 stop = seen.stop
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or stop is not None:
-                if not (meter.is_finite and all_finite(task)):
-                    raise UserError(
-                        f"{label}: loss or weights are not finite after step {step}; {run.checkpoint_path} "
-                        f"keeps an earlier step. Lower the learning rate ({lr:.3g})."
-                    )
-                save_checkpoint(run.checkpoint_path, snapshot(step + 1))
+                save(step + 1)
             if stop is not None:
                 raise UserError(f"{label}: {stop} The checkpoint {run.checkpoint_path} holds this step.")
             bar.advance(items=sum(len(batch) for batch in micro_batches), waited=waited, note=bar.note)
@@ -309,7 +319,7 @@ def loader(data: StepData, steps: range, workers: int) -> Iterable[list[Any]]:
         sampler=steps,
         num_workers=workers,
         collate_fn=keep,
-        worker_init_fn=single_threaded if workers else None,
+        worker_init_fn=prepare_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
     )
@@ -320,10 +330,12 @@ def keep(batch: Any) -> Any:
     return batch
 
 
-def single_threaded(worker: int) -> None:
-    """Workers are parallel already; OpenCV's and torch's own threads would fight them."""
+def prepare_worker(worker: int) -> None:
+    """Workers are parallel already; OpenCV's and torch's own threads would fight them. Signals are the main
+    process's."""
     import cv2
 
+    ignore_signals()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from cfssl.engine.interruption import Interruption
 from cfssl.errors import UserError
 from cfssl.files import write_text
 from cfssl.settings import STRICT, Count
@@ -59,13 +60,15 @@ class Tracker(Protocol):
 @dataclass(frozen=True)
 class Run:
     """`folder` receives metrics.jsonl and checkpoint.safetensors. `stop_at` ends training early
-    at that step with a checkpoint (an interruption that can be continued)."""
+    at that step with a checkpoint. `interruption`: who is asked at every step whether it is the last one for
+    now."""
 
     folder: Path
     hardware: HardwareSettings = field(default_factory=HardwareSettings)
     quiet: bool = False
     stop_at: int | None = None
     trackers: tuple[Tracker, ...] = ()
+    interruption: Interruption = field(default_factory=Interruption)
 
     @property
     def metrics_path(self) -> Path:

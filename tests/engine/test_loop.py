@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfssl.data.views import ViewBatch, split
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
+from cfssl.engine.interruption import Interrupted, Interruption
 from cfssl.engine.loop import Observation, TrainSettings, fit, weight_decay_groups
 from cfssl.engine.run import HardwareSettings, Run, read_metrics
 from cfssl.errors import UserError
@@ -25,6 +27,7 @@ from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.seeds import torch_generator
 
 CPU = HardwareSettings(accelerator="cpu")
+SETTINGS = TrainSettings(lr=1e-2, clip=10.0, skip_factor=50.0, log_every=7, checkpoint_every=1000)
 
 
 class Regression(nn.Module):
@@ -84,10 +87,9 @@ def train(
     **options: Any,
 ) -> Regression:
     """Trains for 60 steps with the guard on."""
-    defaults = {"lr": 1e-2, "clip": 10.0, "skip_factor": 50.0, "log_every": 7, "checkpoint_every": 1000}
     task = task or Regression()
     run = Run(folder, hardware, quiet=True, stop_at=stop_at)
-    fit(task, data or Numbers(), TrainSettings(**(defaults | options)), run, "test")
+    fit(task, data or Numbers(), replace(SETTINGS, **options), run, "test")
     return task
 
 
@@ -159,6 +161,43 @@ def test_an_observer_that_stops_leaves_its_line_and_a_checkpoint_of_that_step(tm
     assert same_weights(watched(tmp_path / "stopped"), watched(tmp_path / "whole"))
     found, expected = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("stopped", "whole"))
     assert found == expected
+
+
+class Asked(Numbers):
+    """Somebody asks to stop while the batch of the step `at` is made."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def __getitem__(self, step: int) -> list[torch.Tensor]:
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("at", [0, 1, 33, 59])
+def test_asked_to_stop_it_loses_no_step_and_continued_it_ends_bitwise_equal(at: int, tmp_path: Path) -> None:
+    whole, folder = train(tmp_path / "whole"), tmp_path / "asked"
+    with Interruption().listening() as interruption:
+        run = Run(folder, CPU, quiet=True, interruption=interruption)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            fit(Regression(), Asked(at), SETTINGS, run, "test")
+    assert load_checkpoint(run.checkpoint_path)["step"] == at
+    assert same_weights(train(folder), whole)
+    assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_asked_before_the_first_step_it_does_none(tmp_path: Path) -> None:
+    with Interruption().listening() as interruption:
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        run = Run(tmp_path, CPU, quiet=True, interruption=interruption)
+        task = Regression()
+        with pytest.raises(Interrupted, match="SIGUSR2"):
+            fit(task, Numbers(), SETTINGS, run, "test")
+    assert task.steps_seen == 0
+    assert load_checkpoint(run.checkpoint_path)["step"] == 0
 
 
 KILLED = """
