@@ -213,6 +213,59 @@ def evaluate(
 
 
 @app.command()
+def submit(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and overrides for all.")
+    ],
+    profile: Annotated[
+        Path | None, typer.Option(help="What jobs get, e.g. slurm/profiles/one_gpu.yaml.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="slurm, local or debug, instead of the profile's.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Values of a key, e.g. train.seed=0,1,2; several: all combinations."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, submit none.")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Make what recipes describe by jobs of a cluster; stages that are there, or under way, are left out."""
+    from cfssl.launch.profile import load_profile
+    from cfssl.launch.status import live_steps
+    from cfssl.launch.submission import Submission, described, plan
+    from cfssl.launch.sweeps import pipelines
+
+    chosen = load_profile(profile, cluster)
+    jobs = pipelines(words, sweep or (), runs)
+    live = live_steps(runs) if chosen.cluster == "slurm" else {}
+    found = plan(jobs, chosen, live)
+    for line in described(found, chosen):
+        print(line)
+    if not dry_run:
+        submission = Submission.new(runs)
+        submission.submit(found, chosen)
+        print(submission.folder)
+
+
+@app.command()
+def status(
+    number: Annotated[
+        int | None, typer.Argument(metavar="[NUMBER]", help="Of a submission; default: the last.")
+    ] = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Where the jobs of a submission are, and why some failed."""
+    from rich.console import Console
+
+    from cfssl.launch.status import as_table, status, submission_of
+
+    Console(width=None if sys.stdout.isatty() else 200).print(
+        as_table(status(runs, submission_of(runs, number)))
+    )
+
+
+@app.command()
 def chromap(
     recipe: RecipeFile,
     overrides: Overrides = None,

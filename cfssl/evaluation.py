@@ -246,15 +246,7 @@ class Evaluation:
             if file.stem.removesuffix("-seeds") not in labels:
                 file.unlink()
         for trial in self.trials:
-            stage = self.stage(trial)
-
-            def make(folder: Path, trial: Trial = trial, product: Path = stage.product) -> None:
-                found, scores = self._asked(trial, folder)
-                save_scores(folder / "scores.npz", scores)
-                made_by = {"encoder": self.encoder_key, "git": git_state()}
-                write_json(product, [{**result, **made_by} for result in found])
-
-            self.production.finish(stage, make)
+            stage = self.asked(trial)
             own: dict[str, Any] = {"train_seed": self.recipe.train.seed}
             if trial.external is not None:
                 seen = read_json(self.external_stage(trial.external).product)
@@ -269,6 +261,19 @@ class Evaluation:
                 write_json(summary, of_seeds)
             results += found
         return results
+
+    def asked(self, trial: Trial) -> Stage:
+        """The stage of a trial, made."""
+        stage = self.stage(trial)
+
+        def make(folder: Path) -> None:
+            found, scores = self._asked(trial, folder)
+            save_scores(folder / "scores.npz", scores)
+            made_by = {"encoder": self.encoder_key, "git": git_state()}
+            write_json(stage.product, [{**result, **made_by} for result in found])
+
+        self.production.finish(stage, make)
+        return stage
 
     def _asked(self, trial: Trial, folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """Results of a trial and the arrays behind them; pictures go to `folder`."""

@@ -72,6 +72,12 @@ class Generation:
         """The independent predictor, and the segmentor and the embedding where the audit has them."""
         return [self.measure_stage(settings) for settings in self._judges()]
 
+    @property
+    def guides_and_judges(self) -> list[MeasureSettings]:
+        """The frozen networks that the recipe has trained, guides first."""
+        rules = self.recipe.finetune.rules if self.recipe.finetune else ()
+        return [*(rule.guide for rule in rules), *self._judges()]
+
     @cached_property
     def bank_stage(self) -> Stage:
         generator = self.generator_stage.key if self.generator_stage else None

@@ -33,7 +33,7 @@ FLOORS = [
     {"check", "sheets"},
     {"chromaps"},
     {"summary"},
-    {"demo"},
+    {"demo", "launch"},
     {"cli"},
     {"__main__"},
 ]

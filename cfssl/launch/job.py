@@ -1,0 +1,122 @@
+"""What a job of the cluster does: one step of a recipe, in a process that may be told to stop at any time.
+
+submitit asks for the job again where it gets USR2, the signal that SLURM sends before a time limit and before
+preemption. Here the signal belongs to the step first, which saves what it has (see
+cfssl/engine/interruption.py); then submitit gets it, and queues the job with a fresh `StepJob` on the same
+stages. On SIGTERM alone (somebody cancels the job, or the cluster takes the node without asking) the step
+saves, and it is for SLURM to say whether the job comes again.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cfssl.engine.interruption import Interrupted, Interruption
+from cfssl.errors import UserError
+from cfssl.launch.steps import steps
+from cfssl.pipeline import Pipeline
+from cfssl.provenance import git_state
+from cfssl.recipe import load_recipe
+
+REQUEUE = signal.SIGUSR2
+LINGER = 60.0  # seconds in which the end of a job whose step is saved is left to SLURM
+LOWEST_PORT, PORTS = 20_000, 20_000  # of which a job takes the one of its number
+
+
+@dataclass(frozen=True)
+class StepJob:
+    """Makes the step `step` of a resolved `recipe`, or its `part` (index, count). `code`: the git state in
+    which it was submitted. Called by submitit on the node."""
+
+    recipe: str
+    runs: str
+    step: str
+    part: tuple[int, int] | None = None
+    code: tuple[str | None, bool | None] = (None, None)
+
+    def __call__(self) -> str:
+        """Returns the name of the step. Raises what the step raises."""
+        handler, interruption = signal.getsignal(REQUEUE), Interruption()
+        warn_of_other_code(self.code)
+        export_rendezvous()
+        try:
+            with interruption.listening():
+                self.make(interruption)
+        except Interrupted as stop:
+            print(f"cfssl: {self.step} is saved ({stop}).", file=sys.stderr, flush=True)
+            if stop.number == REQUEUE and callable(handler):
+                handler(REQUEUE, None)  # returns in all tasks but the first, which asks for the whole job
+            linger()
+            raise
+        return self.step
+
+    def make(self, interruption: Interruption) -> None:
+        """The step itself."""
+        job = Pipeline(load_recipe(Path(self.recipe)), Path(self.runs), interruption=interruption)
+        found = {step.name: step for step in steps(job)}
+        if self.step not in found:
+            raise UserError(
+                f"The recipe {self.recipe} has no step {self.step} any more, because code or data have "
+                "changed since it was submitted; submit it again."
+            )
+        step = found[self.step]
+        if self.part is None:
+            step.make()
+        else:
+            assert step.make_part is not None
+            step.make_part(*self.part)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again: the same job, with nothing of this process in it."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(replace(self))
+
+
+def linger() -> None:
+    """Waits to be ended: a job that ends by itself has failed, in the eyes of SLURM, and one that is ended is
+    preempted, queued again or cancelled."""
+    if "SLURM_JOB_ID" in os.environ:
+        time.sleep(LINGER)
+
+
+def warn_of_other_code(submitted: tuple[str | None, bool | None]) -> None:
+    """Says where the code is not what it was when the job was submitted."""
+    now = git_state()
+    if (now["commit"], now["dirty"]) != submitted:
+        was, found = (
+            f"{commit or 'no commit'}{' with local changes' if dirty else ''}"
+            for commit, dirty in (submitted, (now["commit"], now["dirty"]))
+        )
+        print(f"cfssl: warning: submitted at {was}, runs at {found}.", file=sys.stderr, flush=True)
+
+
+def export_rendezvous() -> None:
+    """Tells the tasks of a SLURM job of several where they meet: the first node by its address, which its
+    name need not resolve to, and a port of the job's own."""
+    if int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_JOB_NODELIST" not in os.environ:
+        return
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    os.environ.setdefault("MASTER_ADDR", address_of(nodes[0]))
+    port = LOWEST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def address_of(node: str) -> str:
+    """The address of a node: what SLURM talks to it at."""
+    shown = subprocess.run(
+        ["scontrol", "show", "node", "-o", node], capture_output=True, text=True, check=True
+    ).stdout
+    fields = dict(entry.partition("=")[::2] for entry in shown.split())
+    return socket.gethostbyname(fields.get("NodeAddr", node))
