@@ -133,13 +133,46 @@ def bank_build(
     check: Annotated[
         bool, typer.Option("--check", help="Make shards again whose bytes fail their checksum.")
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INDEX/COUNT",
+            help="Only the shards of this part, counted from 0; or array: the part that SLURM names.",
+        ),
+    ] = None,
 ) -> None:
     """Write the counterfactuals of a recipe's training images."""
     job = pipeline(recipe, overrides, runs, quiet)
+    if part is not None:
+        from cfssl.bank.parts import Part
+
+        chosen = Part.parse(part, os.environ)
+        shards = job.generation.build_part(chosen.index, chosen.count, check)
+        print(
+            f"{job.generation.bank_stage.folder / 'bank'}: part {chosen.index} of {chosen.count}, "
+            f"{len(shards)} shards"
+        )
+        return
     if job.generation.bank_stage.done:
         job.generation.build_bank(job.generation.bank_stage.folder, check)  # mends what was lost since
     _print_gate(job.generation.bank)
     print(job.generation.bank.path)
+
+
+@bank_app.command("finish")
+def bank_finish(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    parts: Annotated[
+        int | None, typer.Option(min=1, help="Of how many parts; those with missing shards are named.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a bank of its parts, when all of them are built."""
+    bank = pipeline(recipe, overrides, runs, quiet).generation.finish_bank(parts)
+    _print_gate(bank)
+    print(bank.path)
 
 
 @bank_app.command("verify")

@@ -12,14 +12,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cfssl.bank.build import build, plan_views
+import numpy as np
+
+from cfssl.bank.build import build, plan_bank, plan_views
 from cfssl.bank.gate import apply_gate
+from cfssl.bank.parts import Part
+from cfssl.bank.shards import View, finish
 from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.engine.progress import ProgressBar
-from cfssl.engine.run import Run
+from cfssl.engine.run import Run, torch_threads
+from cfssl.errors import UserError
 from cfssl.evaluate.audit import audit
-from cfssl.files import read_json, write_json
+from cfssl.files import made_folders, read_json, write_json
 from cfssl.generators import FittedGenerator, FittedSettings, create_generator
 from cfssl.generators.finetune import finetune
 from cfssl.generators.hvae import HVAEGenerator
@@ -175,35 +180,82 @@ class Generation:
     def build_bank(self, stage_folder: Path, check: bool = False) -> None:
         """Writes the shards that are missing or incomplete, and with `check` those whose bytes fail; also
         mends a finished bank whose files were lost. Then the gate, where the recipe has one."""
-        table, generator, settings = self.table, self.generator, self.recipe.bank
+        self._build_shards(stage_folder, check)
+        self._gate(stage_folder)
+
+    def build_part(self, index: int, count: int, check: bool = False) -> range:
+        """Writes what is missing of the `index`-th of `count` parts of the bank (see `cfssl.bank.parts`), and
+        returns its shards. Any number of processes may build parts at once, also the same one; `finish_bank`
+        makes a bank of them. Raises `UserError` unless table and generator are there: else every part would
+        make them."""
+        part, stage = Part(index, count), self.bank_stage
+        needed = [self.production.table_stage(self.recipe.data), self.generator_stage]
+        missing = [stage.name for stage in needed if stage is not None and not stage.done]
+        if missing:
+            verb = "check" if self.generator_stage is None else "fit"
+            raise UserError(
+                f"The recipe {self.recipe.name} has no {' and no '.join(missing)} yet, which every part of "
+                f"its bank would make for itself; run `cfssl {verb}` with this recipe once before its parts."
+            )
+        shards = part.of(plan_bank(*self._bank_content, **self._bank_options).shard_count)
+        with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
+            self._build_shards(stage.folder, check, shards)
+        return shards
+
+    def finish_bank(self, parts: int | None = None) -> Bank:
+        """Makes a bank of its parts when all are there, and applies the gate. Raises `UserError` while shards
+        are missing, and names them and those of `parts` parts that they lie in."""
+
+        def make(folder: Path) -> None:
+            finish(folder / "bank", parts)
+            self._gate(folder)
+
+        self.production.finish(self.bank_stage, make)
+        return self.bank
+
+    @cached_property
+    def _bank_content(self) -> tuple[ImageTable, np.ndarray, FittedGenerator | None, list[View]]:
+        """Table, rows, generator and do()s of the bank."""
+        table, generator, do = self.table, self.generator, self.recipe.bank.do
         graph = generator.graph if generator is not None else None
-        views = plan_views(settings.do, graph, table.attributes) if settings.do else []
-        rows, quiet = table.rows("train"), self.production.quiet
-        with ProgressBar("bank", total=len(rows), quiet=quiet) as bar:
+        views = plan_views(do, graph, table.attributes) if do else []
+        return table, table.rows("train"), generator, views
+
+    @property
+    def _bank_options(self) -> dict[str, Any]:
+        return {"megabytes": self.recipe.bank.shard_megabytes, "device": self.recipe.hardware.device}
+
+    def _build_shards(self, stage_folder: Path, check: bool, shards: range | None = None) -> None:
+        """All shards of the bank, or some, which make no bank yet."""
+        plan = plan_bank(*self._bank_content, **self._bank_options)
+        numbers = range(plan.shard_count) if shards is None else shards
+        total = sum(len(plan.items(shard)) for shard in numbers)
+        with ProgressBar("bank", total=total, quiet=self.production.quiet) as bar:
             build(
                 stage_folder / "bank",
-                table,
-                rows,
-                generator,
-                views,
-                megabytes=settings.shard_megabytes,
-                device=self.recipe.hardware.device,
+                *self._bank_content,
+                **self._bank_options,
+                shards=shards,
                 check=check,
                 progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
             )
-        if settings.gate is not None and self.recipe.audit is not None:
-            judge = self.measure(self.recipe.audit.judge)
-            made = int(Bank.open(stage_folder / "bank").made[:, 1:].sum())
-            with ProgressBar("gate", total=made, unit="views", quiet=quiet) as bar:
-                apply_gate(
-                    stage_folder / "bank",
-                    PredictorJudge(judge, (*settings.variables, *settings.gate.unchanged)),
-                    settings.gate,
-                    judge.fingerprint,
-                    table.attributes,
-                    progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
-                    device=self.recipe.hardware.device,
-                )
+
+    def _gate(self, stage_folder: Path) -> None:
+        settings, table = self.recipe.bank, self.table
+        if settings.gate is None or self.recipe.audit is None:
+            return
+        judge = self.measure(self.recipe.audit.judge)
+        made = int(Bank.open(stage_folder / "bank").made[:, 1:].sum())
+        with ProgressBar("gate", total=made, unit="views", quiet=self.production.quiet) as bar:
+            apply_gate(
+                stage_folder / "bank",
+                PredictorJudge(judge, (*settings.variables, *settings.gate.unchanged)),
+                settings.gate,
+                judge.fingerprint,
+                table.attributes,
+                progress=lambda done, _: bar.advance(steps=done - bar.done, items=done - bar.items),
+                device=self.recipe.hardware.device,
+            )
 
     def audited(self) -> dict[str, Any]:
         """The audit of the generator, see `cfssl.evaluate.audit`; only of a recipe that has one."""

@@ -60,7 +60,7 @@ def plan_bank(
     rows: np.ndarray,
     generator: Generator | None,
     views: Sequence[View],
-    seed: int,
+    seed: int = 0,
     batch: int = 64,
     megabytes: float | None = None,
     rows_per_shard: int | None = None,
@@ -127,11 +127,11 @@ def build(
 ) -> None:
     """Builds a bank, or goes on with one that was interrupted; whole shards are kept.
 
-    `shards` builds only these, for array jobs; then `cfssl.bank.shards.finish` has to be called once when all
-    are there. `device`: where the image side of the generator lies. `check` compares the pixels of the shards
-    that are there with their checksums, and makes those that `verify` would name again; without it their
-    sizes are compared. `progress(done, total)` counts images. Raises `UserError` when the folder holds
-    something else, and when the generator returns something that is no image.
+    `shards` builds only these, for array jobs (see `cfssl.bank.parts`); then `cfssl.bank.shards.finish` has
+    to be called once when all are there. `device`: where the image side of the generator lies. `check`
+    compares the pixels of the shards that are there with their checksums, and makes those that `verify` would
+    name again; without it their sizes are compared. `progress(done, total)` counts images. Raises `UserError`
+    when the folder holds something else, and when the generator returns something that is no image.
     """
     folder, rows = Path(path), np.asarray(rows, dtype=np.int64)
     plan = plan_bank(table, rows, generator, views, seed, batch, megabytes, rows_per_shard, device)

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from cfssl.bank.parts import parts_with, ranges
 from cfssl.bank.records import (
     create_record,
     is_sound,
@@ -148,18 +149,19 @@ def complete_shard(folder: Path, plan: Plan, shard: int, check: bool = False) ->
     return entry if is_whole and is_sound(shard_file(folder, shard, "parquet"), entry["index"]) else None
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, parts: int | None = None) -> None:
     """Joins the shards' parts of the index and completes bank.json, after all builders; several may do so at
-    once. A finished bank with the same shards is left as it is. Raises `UserError` while shards are
-    missing."""
+    once. A finished bank with the same shards is left as it is. Raises `UserError` while shards are missing;
+    it names them, and of a bank that is built in `parts` (see `cfssl.bank.parts`) those that they lie in."""
     record = read_bank_record(folder / "bank.json")
     plan = Plan.from_json(record["plan"])
     found = [complete_shard(folder, plan, shard) for shard in range(plan.shard_count)]
     missing = [shard for shard, entry in enumerate(found) if entry is None]
     if missing:
+        where = f", in the parts {ranges(parts_with(missing, len(found), parts))} of {parts}" if parts else ""
         raise UserError(
-            f"{folder} has {len(found) - len(missing)} of {len(found)} shards, the first missing or damaged "
-            f"one is number {missing[0]}; build the missing shards before finishing the bank."
+            f"{folder} has {len(found) - len(missing)} of {len(found)} shards, missing or damaged are the "
+            f"numbers {ranges(missing)}{where}; build these before finishing the bank."
         )
     if record["shards"] != found or not is_sound(folder / "index.parquet", record["index"]):
         _write_index(folder, plan, found)

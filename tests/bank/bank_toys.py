@@ -10,6 +10,7 @@ import torch
 
 from cfssl.bank.build import build
 from cfssl.bank.gate import apply_gate
+from cfssl.bank.parts import Part
 from cfssl.bank.settings import GateSettings
 from cfssl.bank.store import Bank
 from cfssl.data.pixels import to_signed
@@ -69,6 +70,14 @@ def build_together(folder: Path, table_folder: Path, barrier) -> None:
     table = ImageTable.open(table_folder)
     barrier.wait()
     build_toy(folder, table, rows_per_shard=2)
+
+
+def build_part_together(folder: Path, table_folder: Path, part: Part, barrier) -> None:
+    """For processes that build parts of the same bank at once."""
+    torch.set_num_threads(1)
+    table = ImageTable.open(table_folder)
+    barrier.wait()
+    build_toy(folder, table, rows_per_shard=2, shards=part.of(10))
 
 
 class ToyModel:

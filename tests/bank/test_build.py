@@ -285,7 +285,7 @@ def test_shards_built_apart_and_in_any_order_give_the_same_bytes(tmp_path, table
     build_toy(tmp_path / "whole", table)
     for shard in (3, 0, 2):
         build_toy(tmp_path / "parts", table, shards=[shard])
-    with pytest.raises(UserError, match="3 of 4 shards, the first missing or damaged one is number 1; build"):
+    with pytest.raises(UserError, match="3 of 4 shards, missing or damaged are the numbers 1; build"):
         finish(tmp_path / "parts")
     with pytest.raises(UserError, match=r"unfinished \(3 of 4 shards\)"):
         Bank.open(tmp_path / "parts")
