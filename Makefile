@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fast lint browser clean
+.PHONY: demo test fast lint browser slurm clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/cfssl demo
 
-test: lint browser
+test: lint browser slurm
 	$(BIN)/python -m pytest
 
 fast: lint
@@ -27,6 +27,13 @@ browser:
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
 	  echo "Chromium is not there and could not be installed, so the tests of interactive pages skip; install it (Debian: apt-get install chromium) and call make test again."
+
+# Jobs are tested on a real SLURM, which the tests bring up and take down.
+slurm:
+	@PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; } || \
+	  echo "SLURM is not there and could not be installed, so its test skips; install it (Debian: apt-get install slurmctld slurmd slurm-client munge) and call make test again."
 
 # Set-up is done once; it is done again when what it depends on changes. constraints.txt pins everything, also pip
 # itself and what builds packages.

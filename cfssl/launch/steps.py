@@ -69,7 +69,7 @@ def steps(job: Pipeline) -> list[Step]:
         bank,
         [table, generator, *gate],
         lambda: generation.bank,
-        getattr(generation, "build_part", None),
+        generation.build_part,
     )
     add("audit", generation.audit_stage, [generator, *judges], generation.audited)
     encoder = job.encoder_stage
