@@ -166,15 +166,17 @@ def scenario(folder: Path) -> dict[str, Any]:
             for job in jobs
         }
         until("both trainings to be under way", lambda: all(last_step(job) >= 20 for job in jobs))
-        began, steps = time.monotonic(), [last_step(job) for job in jobs]
+        began = time.monotonic()
         urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null"]
         subprocess.run([*urgent, "--wrap", f"sleep {URGENT_SECONDS}"], check=True, stdout=subprocess.DEVNULL)
         until(
+            "the trainings to be displaced",
+            lambda: all(int(shown(number)["Restarts"]) > 0 for number in encoders.values()),
+        )
+        steps = [last_step(job) for job in jobs]  # of the processes that have ended
+        until(
             "a displaced training to go on",
-            lambda: any(
-                int(shown(encoders[job.recipe.name])["Restarts"]) > 0 and last_step(job) > step + 5
-                for job, step in zip(jobs, steps, strict=True)
-            ),
+            lambda: any(last_step(job) > step for job, step in zip(jobs, steps, strict=True)),
         )
         found["requeue_seconds"] = time.monotonic() - began
         victim = until(

@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     evaluate: tuple[Annotated[AnyEvaluation, Field(discriminator="name")], ...] = ()
     chromap: ChromapsSettings | None = None
     hardware: HardwareSettings = Field(default_factory=HardwareSettings)
-    track: Literal["none", "wandb"] = "none"
+    track: Literal["none", "wandb", "tensorboard"] = "none"
 
     def section(self, name: str) -> Any:
         """A section as JSON-serialisable settings, for content keys."""

@@ -7,6 +7,7 @@ interrupted goes on where it stopped.
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
 from cfssl.engine.interruption import Interruption
 from cfssl.engine.run import Run, Tracker, torch_threads
+from cfssl.errors import UserError
 from cfssl.experiment import DataSettings, Recipe
 from cfssl.files import made_folders, write_json
 from cfssl.measure import MeasureSettings, create_measure
@@ -103,16 +105,54 @@ class Production:
 
 
 def trackers(recipe: Recipe, folder: Path) -> tuple[Tracker, ...]:
-    """wandb is offline unless WANDB_MODE says otherwise: a forgotten online mode blocks for minutes on
-    compute nodes without a network."""
-    if recipe.track == "none":
-        return ()
+    """What takes metrics besides metrics.jsonl. Raises `UserError` where TensorBoard's writer is asked for
+    and not installed."""
+    match recipe.track:
+        case "wandb":
+            return (wandb_run(recipe, folder),)
+        case "tensorboard":
+            return (TensorBoard(folder / "tensorboard"),)
+        case _:
+            return ()
+
+
+def wandb_run(recipe: Recipe, folder: Path) -> Tracker:
+    """Offline unless WANDB_MODE says otherwise: a forgotten online mode blocks for minutes on compute nodes
+    without a network."""
     import wandb
 
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     settings = recipe.model_dump(mode="json")
-    run = wandb.init(
+    run: Tracker = wandb.init(
         project="cfssl", name=recipe.name, dir=folder, id=folder.name, resume="allow", config=settings
     )
-    return (run,)
+    return run
+
+
+class TensorBoard:
+    """Event files in `folder`; steps that are done again after a resume replace the earlier ones."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "track: tensorboard needs the package tensorboardX, which is not installed; install "
+                "cfssl[tensorboard], or leave track: none (metrics.jsonl is always written)."
+            ) from None
+        self._new_writer = partial(SummaryWriter, str(folder))
+        self._writer: Any = None  # purging needs the first step
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; what is no number stays there."""
+        step = metrics["step"]
+        if self._writer is None:
+            self._writer = self._new_writer(purge_step=step)
+        for name, value in metrics.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -4,6 +4,8 @@ weights after a stop."""
 import ast
 import json
 import shutil
+import struct
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -552,19 +554,50 @@ def test_a_table_with_missing_targets_trains_on_what_is_known(tmp_path: Path) ->
     assert len(pipeline.view_data().source) == len(pipeline.table.rows("train", known=("label",)))
 
 
+TRACKED = {
+    "generator": None,
+    "bank": {"do": {}},
+    "views": {"counterfactual": None},
+    "evaluate": [],
+    "train": {"epochs": 1, "batch": 48, "log_every": 1},
+    "monitor": {"target": "sex"},
+}
+
+
 def test_wandb_receives_the_metrics_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracked = job(
-        tmp_path,
-        generator=None,
-        bank={"do": {}},
-        views={"counterfactual": None},
-        evaluate=[],
-        track="wandb",
-        train={"epochs": 1, "batch": 48, "log_every": 1},
-        monitor={"target": "sex"},
-    )
+    tracked = job(tmp_path, **TRACKED, track="wandb")
     tracked.objective  # noqa: B018  trains
     (folder,) = tracked.encoder_stage.folder.glob("wandb/offline-run-*")
     assert list(folder.glob("run-*.wandb"))
     assert len(tracked.metrics_path.read_text().splitlines()) == 4  # 3 losses and a look
+
+
+def test_tensorboard_receives_what_metrics_jsonl_says(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    tracked = job(tmp_path, **TRACKED, track="tensorboard")
+    tracked.objective  # noqa: B018  trains
+    (path,) = tracked.encoder_stage.folder.glob("tensorboard/events.*")
+    content, place, found = path.read_bytes(), 0, {}
+    while place < len(content):  # records: length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", content, place)
+        event = Event.FromString(content[place + 12 : place + 12 + length])
+        found |= {(of.tag, event.step): of.simple_value for of in event.summary.value}
+        place += length + 16
+    expected = {
+        (name, line["step"]): value
+        for line in read_metrics(tracked.metrics_path)
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float)
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert ("loss", 2) in found
+
+
+def test_tensorboard_without_its_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"needs the package tensorboardX, .* install cfssl\[tensorboard\]"):
+        job(tmp_path, **TRACKED, track="tensorboard").objective  # noqa: B018
