@@ -16,8 +16,9 @@ import numpy as np
 
 from cfssl.bank.build import build, plan_bank, plan_views
 from cfssl.bank.gate import apply_gate
-from cfssl.bank.parts import Part
-from cfssl.bank.shards import View, finish
+from cfssl.bank.parts import Part, parts_with
+from cfssl.bank.records import read_bank_record
+from cfssl.bank.shards import Plan, View, complete_shard, finish
 from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.engine.progress import ProgressBar
@@ -201,6 +202,16 @@ class Generation:
         with made_folders(stage.folder), torch_threads(self.recipe.hardware.threads):
             self._build_shards(stage.folder, check, shards)
         return shards
+
+    def missing_parts(self, count: int) -> list[int]:
+        """The numbers of those of `count` parts of the bank that are not whole; all of them before the first
+        was begun, when nobody knows how many shards there will be."""
+        folder = self.bank_stage.folder / "bank"
+        if not (folder / "bank.json").exists():
+            return list(range(count))
+        plan = Plan.from_json(read_bank_record(folder / "bank.json")["plan"])
+        missing = [shard for shard in range(plan.shard_count) if complete_shard(folder, plan, shard) is None]
+        return parts_with(missing, plan.shard_count, count)
 
     def finish_bank(self, parts: int | None = None) -> Bank:
         """Makes a bank of its parts when all are there, and applies the gate. Raises `UserError` while shards

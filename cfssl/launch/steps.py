@@ -15,7 +15,7 @@ from cfssl.summary import report_of
 class Step:
     """`name`: that of the stage's folder, the same in every recipe that shares it. `needs`: names of steps.
     `make`: makes the stage. `make_part(index, count)`: of a step that can be divided, a part of it, after
-    whose last `make` puts it together."""
+    whose last `make` puts it together; `missing_parts(count)`: which parts are left."""
 
     kind: Kind
     name: str
@@ -23,6 +23,7 @@ class Step:
     make: Callable[[], object]
     is_done: Callable[[], bool]
     make_part: Callable[[int, int], object] | None = None
+    missing_parts: Callable[[int], list[int]] | None = None
 
 
 def steps(job: Pipeline) -> list[Step]:
@@ -37,11 +38,12 @@ def steps(job: Pipeline) -> list[Step]:
         needs: Iterable[Stage | None],
         make: Callable[[], object],
         make_part: Callable[[int, int], object] | None = None,
+        missing_parts: Callable[[int], list[int]] | None = None,
     ) -> None:
         if stage is not None and stage.folder.name not in found:
             names = tuple(dict.fromkeys(of.folder.name for of in needs if of is not None))
             found[stage.folder.name] = Step(
-                kind, stage.folder.name, names, make, lambda: stage.done, make_part
+                kind, stage.folder.name, names, make, lambda: stage.done, make_part, missing_parts
             )
 
     table = job.table_stage
@@ -70,6 +72,7 @@ def steps(job: Pipeline) -> list[Step]:
         [table, generator, *gate],
         lambda: generation.bank,
         generation.build_part,
+        generation.missing_parts,
     )
     add("audit", generation.audit_stage, [generator, *judges], generation.audited)
     encoder = job.encoder_stage

@@ -31,14 +31,16 @@ DONE, FAILED, LEFT_OUT = "COMPLETED", "FAILED", "LEFT OUT"  # as SLURM says it, 
 
 @dataclass(frozen=True)
 class Job:
-    """One job, or an array of them: the step `step` of the recipe called `recipe`, in `parts` parts (an array
-    of that many jobs) or at once. `needs`: keys of jobs, `waits`: ids of jobs of earlier submissions."""
+    """One job, or an array of them: the step `step` of the recipe called `recipe` at once, or those of its
+    `parts` parts whose numbers are in `indices`. `needs`: keys of jobs, `waits`: ids of jobs of earlier
+    submissions."""
 
     key: str
     kind: str
     step: str
     recipe: str
     parts: int | None = None
+    indices: tuple[int, ...] = ()
     needs: tuple[str, ...] = ()
     waits: tuple[str, ...] = ()
 
@@ -92,11 +94,14 @@ def _add(found: Plan, step: Step, recipe: str, resources: Resources, last: dict[
     implied = set().union(*(before[key] for key in keys))
     needs = tuple(key for key in keys if key not in implied)
     waits = tuple(number for name in step.needs for number in found.waiting.get(name, ()))
-    if step.make_part is not None and resources.parts > 1:
+    own = step.kind, step.name, recipe
+    parts = resources.parts if step.missing_parts is not None else 1
+    missing = step.missing_parts(parts) if step.missing_parts is not None and parts > 1 else []
+    if missing:
         key = f"{step.name}-parts"
-        found.jobs.append(Job(key, step.kind, step.name, recipe, resources.parts, needs, waits))
+        found.jobs.append(Job(key, *own, parts, tuple(missing), needs, waits))
         needs, waits = (key,), ()
-    found.jobs.append(Job(step.name, step.kind, step.name, recipe, None, needs, waits))
+    found.jobs.append(Job(step.name, *own, needs=needs, waits=waits))
     last[step.name] = step.name
 
 
@@ -130,7 +135,7 @@ def described(found: Plan, profile: Profile) -> list[str]:
     lines += [f"waits for job {', '.join(ids)}: {name}" for name, ids in found.waiting.items()]
     for job in found.jobs:
         after = f" after {', '.join(job.needs)}" if job.needs else ""
-        array = f" in {job.parts} parts" if job.parts else ""
+        array = f", {len(job.indices)} of {job.parts} parts" if job.parts else ""
         lines.append(f"{job.step}{array} ({job.recipe}){after}")
     if profile.cluster == "slurm":
         for kind in KINDS:
@@ -194,7 +199,7 @@ class Submission:
             write_json(self.folder / "jobs.json", {**header, "jobs": entries})
 
         def works(job: Job) -> list[StepJob]:
-            parts = [None] if job.parts is None else [(index, job.parts) for index in range(job.parts)]
+            parts = [None] if job.parts is None else [(index, job.parts) for index in job.indices]
             code = state["commit"], state["dirty"]
             return [StepJob(str(recipes[job.recipe]), str(runs), job.step, part, code) for part in parts]
 

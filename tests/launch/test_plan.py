@@ -114,9 +114,29 @@ def test_what_is_there_or_under_way_is_not_submitted_again(tmp_path: Path) -> No
 def test_a_bank_in_parts_is_an_array_and_a_job_that_puts_it_together(tmp_path: Path) -> None:
     profile = Profile(steps={"bank": {"parts": 3}})
     parts, whole = (of for of in plan([job(tmp_path)], profile).jobs if of.kind == "bank")
-    assert (parts.parts, whole.parts) == (3, None)
+    assert (parts.parts, parts.indices, whole.parts) == (3, (0, 1, 2), None)
     assert whole.needs == (parts.key,)
     assert parts.step == whole.step
+
+
+def test_of_a_bank_in_parts_only_what_is_missing_is_made_again(tmp_path: Path) -> None:
+    """Three parts of six shards; what is lost of one of them is submitted alone, and nothing when it is
+    there."""
+    oracle = {"name": "oracle", "parents": ["scanner"]}
+    changes: dict[str, Any] = {"generator": oracle, "data": RECIPE["data"] | {"count": 400}}
+    own = job(tmp_path, **changes, bank=RECIPE["bank"] | {"shard_megabytes": 1})
+    profile, generation = Profile(steps={"bank": {"parts": 3}}), own.generation
+    own.table, generation.generator  # noqa: B018
+    for index in range(3):
+        generation.build_part(index, 3)
+    shards = sorted((generation.bank_stage.folder / "bank").glob("shard-*.json"))
+    assert len(shards) >= 4
+    assert [of.key for of in plan([own], profile).jobs if of.kind == "bank"] == [
+        generation.bank_stage.folder.name
+    ]
+    shards[-1].unlink()
+    parts, _ = (of for of in plan([own], profile).jobs if of.kind == "bank")
+    assert (parts.parts, parts.indices) == (3, (2,))
 
 
 def test_a_profile_says_what_each_kind_gets(tmp_path: Path) -> None:
