@@ -17,8 +17,7 @@ import numpy as np
 from cfssl.bank.build import build, plan_bank, plan_views
 from cfssl.bank.gate import apply_gate
 from cfssl.bank.parts import Part, parts_with
-from cfssl.bank.records import read_bank_record
-from cfssl.bank.shards import Plan, View, complete_shard, finish
+from cfssl.bank.shards import Plan, View, complete_shard, finish, read_bank_record
 from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.engine.progress import ProgressBar

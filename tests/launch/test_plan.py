@@ -123,7 +123,8 @@ def test_of_a_bank_in_parts_only_what_is_missing_is_made_again(tmp_path: Path) -
     """Three parts of six shards; what is lost of one of them is submitted alone, and nothing when it is
     there."""
     oracle = {"name": "oracle", "parents": ["scanner"]}
-    changes: dict[str, Any] = {"generator": oracle, "data": RECIPE["data"] | {"count": 400}}
+    data = RECIPE["data"] | {"count": 400}
+    changes: dict[str, Any] = {"generator": oracle, "data": data, "train": {"batch": 48}}
     own = job(tmp_path, **changes, bank=RECIPE["bank"] | {"shard_megabytes": 1})
     profile, generation = Profile(steps={"bank": {"parts": 3}}), own.generation
     own.table, generation.generator  # noqa: B018
