@@ -55,6 +55,7 @@ def batch_of(method: str) -> ViewBatch:
             valid=torch.ones(count, number, size, size, dtype=torch.bool),
             attributes={},
             row=torch.arange(count),
+            position=tuple(range(count)),
             local=local,
         )
 

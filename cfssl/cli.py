@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from cfssl.engine.interruption import Interrupted, Interruption
+from cfssl.engine.world import world
 from cfssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -351,7 +352,12 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
     try:
         with INTERRUPTION.listening():
-            app()
+            if world().size == 1:
+                app()
+            else:
+                from cfssl.pipeline import lead
+
+                lead(app, INTERRUPTION)
     except UserError as error:
         _stop(2, str(error))
     except OSError as error:

@@ -248,6 +248,12 @@ def training_problems(recipe: Recipe) -> list[str]:
             f"each other, {recipe.train.batch // accumulate} instead of the {recipe.train.batch} of "
             "train.batch; set train.accumulate: 1 and choose train.batch to fit the memory"
         )
+    parts, batch = recipe.train.accumulate * recipe.hardware.processes, recipe.train.batch
+    if recipe.hardware.processes > 1 and batch % parts:
+        found.append(
+            f"train.batch ({batch}) is not a multiple of train.accumulate x hardware.devices x "
+            f"hardware.nodes ({parts}), so that the processes cannot share it"
+        )
     if recipe.init is not None and recipe.init.head_warmup >= recipe.train.epochs:
         found.append(
             f"init.head_warmup is {recipe.init.head_warmup} and train.epochs {recipe.train.epochs}, so that "

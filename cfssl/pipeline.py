@@ -10,7 +10,9 @@ a stage share it. A stage that was interrupted goes on where it stopped. `RUNS/<
 person looks for: the resolved recipe, the environment, which stages were used, and the report.
 """
 
+import json
 import sys
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.interruption import Interruption
 from cfssl.engine.loop import fit
-from cfssl.engine.run import Run
+from cfssl.engine.processes import dismiss, follow, together
+from cfssl.engine.run import Run, torch_threads
+from cfssl.engine.world import world
+from cfssl.errors import UserError
 from cfssl.evaluate.monitor import Monitor
 from cfssl.evaluate.segment import Origin
 from cfssl.evaluation import Evaluation
@@ -47,7 +52,7 @@ from cfssl.objectives import (
 from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.production import Production
 from cfssl.provenance import environment
-from cfssl.recipe import write_recipe
+from cfssl.recipe import parse_recipe, write_recipe
 from cfssl.stages import ENCODER_CODE, Stage
 from cfssl.visualise.views import slot_names, view_grid
 
@@ -174,28 +179,57 @@ class Pipeline:
     @cached_property
     def objective(self) -> nn.Module:
         """The trained objective; its `student` is the encoder."""
-        objective = self.new_objective()
         stage = self.encoder_stage
-        label = f"{self.recipe.name}: {self.recipe.objective.name}"
 
         def make(folder: Path) -> None:
-            run, data, init = self.production.run(folder), self.view_data(), self.recipe.init
+            run = self.production.run(folder)
             self.first_batch()
-            if init is not None:
+            if self.recipe.init is not None:
                 _, record = self.new_encoder()
                 assert record is not None
                 write_json(folder / "init.json", record)
                 print(described(record), file=sys.stderr)
-                hold_backbone(objective, init.head_warmup * data.order.steps_per_epoch)
-            fit(objective, data, self.recipe.train, run, label, self.monitor(objective, run))
-            save_checkpoint(stage.product, objective.state_dict())
+            with together(self.recipe.hardware, self.order()):
+                self.train(run)
+            save_checkpoint(stage.product, load_checkpoint(run.checkpoint_path, ["task"])["task"])
             run.close()
 
         self.production.finish(stage, make)
         # Not before the stage counts as finished: a run killed in between would train again from nothing.
         Run(stage.folder).checkpoint_path.unlink(missing_ok=True)
+        objective = self.new_objective()
         objective.load_state_dict(load_checkpoint(stage.product))
         return objective.to(self.recipe.hardware.device).eval()
+
+    def train(self, run: Run) -> None:
+        """Trains the objective, alone or as one of several processes that all call this; the checkpoint of
+        `run` holds it afterwards."""
+        recipe, data, objective = self.recipe, self.view_data(), self.new_objective()
+        if recipe.init is not None:
+            hold_backbone(objective, recipe.init.head_warmup * data.order.steps_per_epoch)
+        label = f"{recipe.name}: {recipe.objective.name}"
+        fit(objective, data, recipe.train, run, label, self.monitor(objective, run))
+
+    def order(self) -> str:
+        """What other processes are told, to train along."""
+        recipe, runs = self.recipe.model_dump(mode="json"), str(self.runs.resolve())
+        return json.dumps({"recipe": recipe, "runs": runs, "encoder": self.encoder_stage.key})
+
+    @classmethod
+    def train_along(cls, order: str, interruption: Interruption) -> None:
+        """Obeys the first of several processes. Raises `UserError` when this one does not understand the same
+        by it, or does not find what the first one has made."""
+        told = json.loads(order)
+        job = cls(parse_recipe(told["recipe"], "of the first process"), Path(told["runs"]), quiet=True)
+        stage = job.encoder_stage
+        if stage.key != told["encoder"]:
+            raise UserError(
+                f"This process would train {stage.folder.name} where the first one trains "
+                f"encoder-{told['encoder']}; all have to run the same code and see the same files."
+            )
+        hardware = job.recipe.hardware
+        with torch_threads(hardware.threads):
+            job.train(Run(stage.folder, hardware, quiet=True, interruption=interruption))
 
     @property
     def encoder(self) -> nn.Module:
@@ -257,3 +291,16 @@ class Pipeline:
             "data_fingerprint": self.table.fingerprint,
         }
         export_encoder(self.encoder, folder, self.recipe.backbone, (channels, *size), provenance)
+
+
+def lead(work: Callable[[], None], interruption: Interruption) -> None:
+    """Does `work` in the first of the processes that were started together; the others train along, whenever
+    it trains an encoder, until it is done."""
+    if world().rank:
+        follow(partial(Pipeline.train_along, interruption=interruption))
+        return
+    try:
+        work()
+    finally:
+        if world().size > 1:
+            dismiss()

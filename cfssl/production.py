@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from cfssl.data.datasets import data_source, open_dataset, prepare_dataset
 from cfssl.data.table import ImageTable
 from cfssl.engine.interruption import Interruption
+from cfssl.engine.processes import rank
 from cfssl.engine.run import Run, Tracker, torch_threads
 from cfssl.errors import UserError
 from cfssl.experiment import DataSettings, Recipe
@@ -89,6 +90,11 @@ class Production:
     def finish(self, stage: Stage, make: Callable[[Path], None]) -> None:
         """Runs `make` unless the stage is done already, and notes what was used."""
         reused = stage.done
+        if not reused and rank():
+            raise UserError(
+                f"Process {rank()} does not find {stage.folder}, which the first one has made; all of them "
+                "need the same file system under --runs."
+            )
         if not reused:
             self.interruption.check()
             started = time.monotonic()

@@ -17,7 +17,9 @@ TRAINING_CODE = (
     "data/batches.py",
     "data/pixels.py",
     "engine/loop.py",
+    "engine/fabric.py",
     "engine/guard.py",
+    "engine/norms.py",
     "engine/precision.py",
     "engine/schedules.py",
 )

@@ -288,7 +288,8 @@ TOGETHER = {
     "init",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
-WITHOUT_A_KEY = {"name", "track", "hardware.accelerator", "hardware.workers", "hardware.threads"} | {
+HARDWARE = "accelerator", "devices", "nodes", "workers", "threads"
+WITHOUT_A_KEY = {"name", "track", *(f"hardware.{key}" for key in HARDWARE)} | {
     f"monitor{key}" for key in ("", ".every", ".target", ".rows", ".stop_on_collapse")
 }
 WITHOUT_A_KEY |= {"chromap", "chromap.images", "chromap.preset"}

@@ -168,9 +168,12 @@ PASSIVE = {
     "writers.py",
     "bank/settings.py",
     "engine/checkpoint.py",
+    "engine/interruption.py",
     "engine/meter.py",
+    "engine/processes.py",
     "engine/progress.py",
     "engine/run.py",
+    "engine/world.py",
     "evaluate/settings.py",
 }
 

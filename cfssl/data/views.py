@@ -4,6 +4,7 @@ Which stored image a view shows is decided by its plan (plan.py); here every vie
 look.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
@@ -37,6 +38,7 @@ class ViewBatch:
     valid: torch.Tensor  # (B, V, H, W) bool: the pixel is made of source pixels alone
     attributes: dict[str, torch.Tensor]  # factual, (B,) each; a code of -1 is a missing value
     row: torch.Tensor  # (B,) long: row of the table
+    position: tuple[int, ...]  # B places in the batch of the whole step, of which seeds are made
     labels: torch.Tensor | None = None  # (B, V, M, H, W) bool: masks of the real image, warped as the views
     confidence: torch.Tensor | None = None  # (B, M) float32 in [0, 1]: how far these masks can be trusted
     change: torch.Tensor | None = None  # (B, V, H, W) float32 in [0, 1]: stored image shown minus real one
@@ -49,7 +51,7 @@ class ViewBatch:
         def move(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: move(entry) for name, entry in value.items()}
-            return value if value is None else value.to(device, **keywords)
+            return value.to(device, **keywords) if hasattr(value, "to") else value
 
         return type(self)(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
@@ -57,7 +59,7 @@ class ViewBatch:
         def pin(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: pin(entry) for name, entry in value.items()}
-            return value if value is None else value.pin_memory()
+            return value.pin_memory() if hasattr(value, "pin_memory") else value
 
         return type(self)(**{field.name: pin(getattr(self, field.name)) for field in fields(self)})
 
@@ -135,8 +137,8 @@ class ViewData:
     """Step data for the training loop: `data[step]` is the list of `accumulate` ViewBatches of that step.
 
     Everything is a pure function of (seed, step): the order of the items (order.py), and plan, geometry and
-    look, which are drawn from seeds of their own for the whole batch, so that micro-batches are the same
-    views, cut. What an objective makes of them is another matter:
+    look, which are drawn from seeds of their own for the whole batch, so that micro-batches, and what several
+    processes share, are the same views, cut. What an objective makes of them is another matter:
     one that compares the images of a batch with each other, or normalises over them, sees micro-batches only.
     """
 
@@ -169,6 +171,7 @@ class ViewData:
             raise UserError(f"train.batch ({batch}) must be a multiple of train.accumulate ({accumulate}).")
         self.source, self.settings, self.accumulate, self.seed = source, settings, accumulate, seed
         self.order = EpochOrder(len(source), batch, epochs, seed)
+        self.positions = np.arange(batch)  # of each step's batch, which are shown
         self.attributes, self.masks, self.changes = dict(attributes or {}), masks, changes
         self.confidence = confidence
         local = settings.local
@@ -182,39 +185,53 @@ class ViewData:
     def __len__(self) -> int:
         return len(self.order)
 
+    def share(self, rank: int, size: int) -> "ViewData":
+        """What the process `rank` of `size` trains on: an equal part of every micro-batch, in order; the
+        other views are not even made. Raises `UserError` where the parts would not be equal."""
+        parts = size * self.accumulate
+        if len(self.positions) % parts:
+            raise UserError(
+                f"train.batch ({len(self.positions)}) must be a multiple of train.accumulate x "
+                f"hardware.devices x hardware.nodes ({parts})."
+            )
+        shared = copy.copy(self)
+        shared.positions = self.positions.reshape(self.accumulate, size, -1)[:, rank].flatten()
+        return shared
+
     def __getitem__(self, step: int) -> list[ViewBatch]:
         items = self.order.items(step)
         slots = self.plan.draw(numpy_generator(self.seed, "plan", step), items)  # (B, all views)
+        items, slots = items[self.positions], slots[self.positions]
         # Views that show the same stored image share it.
-        position = np.arange(len(items))[:, None]
-        shown, place = np.unique(position * (slots.max() + 1) + slots, return_inverse=True)
-        position, slot = np.divmod(shown, slots.max() + 1)
-        stored = self.source.gather(items[position], slot[:, None])[:, 0]  # (n, C, H, W)
-        place, highest = place.reshape(slots.shape), np.iinfo(stored.dtype).max
-        curves = self._curves(step, len(items), np.arange(highest + 1) / highest)
+        place = np.arange(len(items))[:, None]
+        shown, where = np.unique(place * (slots.max() + 1) + slots, return_inverse=True)
+        place, slot = np.divmod(shown, slots.max() + 1)
+        stored = self.source.gather(items[place], slot[:, None])[:, 0]  # (n, C, H, W)
+        where, highest = where.reshape(slots.shape), np.iinfo(stored.dtype).max
+        curves = self._curves(step, np.arange(highest + 1) / highest)
 
-        def image(position: int, view: int) -> np.ndarray:
+        def image(place: int, view: int) -> np.ndarray:
             """(H, W, C) float32 in [0, 1] of the stored integers (C, H, W)."""
-            levels = stored[place[position, view]].transpose(1, 2, 0)
-            curve = curves.get((position, view))
+            levels = stored[where[place, view]].transpose(1, 2, 0)
+            curve = curves.get((place, view))
             return levels.astype(np.float32) * np.float32(1 / highest) if curve is None else curve[levels]
 
         whole, *others = [self._cut(kind, step, items, slots, image) for kind in self.kinds]
         return split(replace(whole, local=others[0]) if others else whole, self.accumulate)
 
-    def _curves(self, step: int, count: int, levels: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    def _curves(self, step: int, levels: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
         """The value of every grey level in the views of the step that the intensity plan changes, by
-        (position, view)."""
+        (place among the positions, view)."""
         plan, numbers = self.settings.intensity, self.settings.numbers(self.settings.intensity)
         if plan is None:
             return {}
         together = [numbers] if plan.shared else [(number,) for number in numbers]
-        applied = numpy_generator(self.seed, "intensity", step).random((count, len(together)))
+        applied = numpy_generator(self.seed, "intensity", step).random((self.order.batch, len(together)))
         curves = {}
-        for position, draw in np.argwhere(applied < plan.probability).tolist():
-            rng = numpy_generator(self.seed, "tone", step, position, together[draw][0])
+        for place, draw in np.argwhere(applied[self.positions] < plan.probability).tolist():
+            rng = numpy_generator(self.seed, "tone", step, int(self.positions[place]), together[draw][0])
             curve = tone_curve(rng, plan.strength, levels)
-            curves.update({(position, view): curve for view in together[draw]})
+            curves.update({(place, view): curve for view in together[draw]})
         return curves
 
     def _cut(
@@ -225,27 +242,27 @@ class ViewData:
         slots: np.ndarray,
         image: Callable[[int, int], np.ndarray],
     ) -> ViewBatch:
-        """The views of one size; `image(position, view)` is what a view is cut from."""
+        """The views of one size; `image(place, view)` is what a view is cut from."""
         channels, height, width = self.source.shape
         geometry, border = kind.settings.geometry, self.settings.border
         rng = numpy_generator(self.seed, "local geometry" if kind.is_local else "geometry", step)
-        affines = sample_affines(rng, len(items) * kind.count, geometry, width / height)
-        affines = affines.reshape(len(items), kind.count, 2, 3)
-        look = kind.draw_looks(numpy_generator(self.seed, "looks", step), len(items))
+        affines = sample_affines(rng, self.order.batch * kind.count, geometry, width / height)
+        affines = affines.reshape(self.order.batch, kind.count, 2, 3)[self.positions]
+        looks = kind.draw_looks(numpy_generator(self.seed, "looks", step), self.order.batch)
         images = np.empty((len(items), kind.count, channels, *kind.size), dtype=np.float32)
-        for position in range(len(items)):
-            for place, view in enumerate(kind.numbers):
-                source = image(position, view)
-                warped = warp(source, affines[position, place], kind.size, border)
+        for place, position in enumerate(self.positions.tolist()):
+            for number, view in enumerate(kind.numbers):
+                source = image(place, view)
+                warped = warp(source, affines[place, number], kind.size, border)
                 for attempt in range(REDRAWS if kind.is_local else 0):
-                    if not is_constant(warped, affines[position, place], (height, width)):
+                    if not is_constant(warped, affines[place, number], (height, width)):
                         break
                     rng = numpy_generator(self.seed, "redraw", step, position, view, attempt)
-                    affines[position, place] = sample_affines(rng, 1, geometry, width / height)[0]
-                    warped = warp(source, affines[position, place], kind.size, border)
+                    affines[place, number] = sample_affines(rng, 1, geometry, width / height)[0]
+                    warped = warp(source, affines[place, number], kind.size, border)
                 warped = warped.reshape(*kind.size, -1)  # OpenCV drops a single channel
                 seed = derive_seed(self.seed, "look", step, position, view)
-                images[position, place] = look[position][place](warped, seed).transpose(2, 0, 1)
+                images[place, number] = looks[position][number](warped, seed).transpose(2, 0, 1)
         labels = None
         if self.masks is not None and not kind.is_local:
             masks = self.masks(self.source.rows[items])
@@ -270,6 +287,7 @@ class ViewData:
             valid=torch.from_numpy(valid.reshape(images.shape[:2] + kind.size)),
             attributes={name: values[torch.from_numpy(items)] for name, values in self.attributes.items()},
             row=torch.from_numpy(self.source.rows[items].astype(np.int64)),
+            position=tuple(self.positions.tolist()),
             labels=labels,
             confidence=confidence,
             change=change,

@@ -6,6 +6,10 @@ micro-batches of that step, a pure function of the seed and the step). What leav
 metrics.jsonl and checkpoint.safetensors in the run's folder. Stopped at any step and started again, it ends
 with the same weights, bit for bit on the CPU. Asked to stop, it finishes the step, saves, and raises
 `Interrupted`.
+
+Inside of a process group (processes.py) every process has its share of each micro-batch, gradients are
+averaged, batch statistics are those of all, and the first process alone writes. The files are the same for
+any number of processes, each of which can go on with them.
 """
 
 import math
@@ -22,8 +26,10 @@ from torch.utils.data import DataLoader
 
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.guard import GradientGuard
-from cfssl.engine.interruption import ignore_signals
+from cfssl.engine.interruption import Interrupted, ignore_signals
 from cfssl.engine.meter import Meter
+from cfssl.engine.norms import pool_statistics
+from cfssl.engine.processes import count, first_says, largest, rank
 from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, torch_threads
 from cfssl.engine.schedules import cosine, warmup_cosine
@@ -52,6 +58,13 @@ class StepData(Protocol):
 
     def __getitem__(self, step: int) -> list[Any]: ...
     def __len__(self) -> int: ...
+
+
+class SharedData(StepData, Protocol):
+    """Step data for several processes: `share(rank, size)` are those of one of them, an equal part of every
+    micro-batch, in the order of the ranks."""
+
+    def share(self, rank: int, size: int) -> StepData: ...
 
 
 @dataclass(frozen=True)
@@ -99,26 +112,27 @@ class TrainSettings:
 
 def fit(
     task: nn.Module,
-    data: StepData,
+    data: StepData | SharedData,
     settings: TrainSettings,
     run: Run,
     label: str,
     observer: Observer | None = None,
 ) -> bool:
     """Trains `task` in place and returns whether it got to the end (False when `run.stop_at` came first). The
-    weights are the same with an `observer` and without.
+    weights are the same with an `observer` and without. Several processes call this with the same arguments,
+    and with data that can be shared.
 
     Continues from the run's checkpoint when there is one. Raises `UserError` when loss or weights stop being
     finite, when the guard gives up, when the checkpoint belongs to another task or schedule, or when the
     observer says so, after a checkpoint; and `Interrupted`, after a checkpoint too.
     """
-    from lightning_fabric import Fabric
+    from cfssl.engine.fabric import create_fabric
 
-    from cfssl.engine.precision import create_precision
-
-    hardware, steps = run.hardware, len(data)
-    fabric = Fabric(accelerator=hardware.device.type, devices=1, plugins=create_precision(hardware))
-    fabric.launch()
+    hardware, steps, is_first = run.hardware, len(data), rank() == 0
+    if count() > 1:
+        data = data.share(rank(), count())  # type: ignore[union-attr]
+    fabric = create_fabric(hardware)
+    pool_statistics(task, hardware.device)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # of the loss, under 16-mixed
     warmup = round(settings.warmup * steps)
     optimizer = torch.optim.AdamW(
@@ -146,40 +160,41 @@ def fit(
 
     def save(step: int) -> None:
         """When `step` steps are done."""
+        meter.pool()
         if not (meter.is_finite and all_finite(task)):
             raise UserError(
                 f"{label}: loss or weights are not finite after step {step - 1}; {run.checkpoint_path} keeps "
                 f"an earlier step. Lower the learning rate ({settings.lr:.3g})."
             )
-        save_checkpoint(run.checkpoint_path, snapshot(step))
+        if is_first:
+            save_checkpoint(run.checkpoint_path, snapshot(step))
 
-    step = 0
-    if run.checkpoint_path.exists():
-        state = load_checkpoint(run.checkpoint_path)
-        step = state["step"]
-        restore(task, state["task"], run)
-        refuse_other_schedule(state["schedule"], schedule(settings, steps), run)
-        optimizer.load_state_dict(state["optimizer"])
-        lay_out_alike(optimizer)
-        fabric.strategy.precision.load_state_dict(state["precision"])
-        guard.load_state_dict(state["guard"])
-        meter.load_state_dict(state["meter"])
-    else:
+    if is_first and not run.checkpoint_path.exists():
         # A run that cannot write or read its checkpoints must not find out after hours.
         save_checkpoint(run.checkpoint_path, snapshot(0))
-        restore(task, load_checkpoint(run.checkpoint_path)["task"], run)
-    run.forget_metrics_after(step)
+    first_says(None)  # when it is there
+    state = load_checkpoint(run.checkpoint_path)
+    step = state["step"]
+    restore(task, state["task"], run)
+    refuse_other_schedule(state["schedule"], schedule(settings, steps), run)
+    optimizer.load_state_dict(state["optimizer"])
+    lay_out_alike(optimizer)
+    fabric.strategy.precision.load_state_dict(state["precision"])
+    guard.load_state_dict(state["guard"])
+    meter.load_state_dict(state["meter"])
+    if is_first:
+        run.forget_metrics_after(step)
 
     last = steps if run.stop_at is None else min(steps, run.stop_at)
     model.train()
     batches = timed(loader(data, range(step, last), hardware.workers))
-    bar = ProgressBar(label, total=steps, done=step, quiet=run.quiet)
+    bar = ProgressBar(label, total=steps, done=step, quiet=run.quiet or not is_first)
     deferred = run.interruption.deferred()
     with bar, deferred, torch.random.fork_rng(), torch_threads(hardware.threads):
         for step, (micro_batches, waited) in zip(range(step, last), batches, strict=True):  # noqa: B020
-            if run.interruption.number is not None:
+            if asked := largest(run.interruption.number or 0):  # the signal, of whichever process
                 save(step)
-                run.interruption.check()
+                raise Interrupted(asked)
             lr = warmup_cosine(step, steps, settings.lr, settings.lr * settings.final_lr_share, warmup)
             decay = settings.weight_decay
             if settings.final_weight_decay is not None:
@@ -187,8 +202,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lr, decay * group["decayed"]
             # Layers that draw from the global generator (dropout) get a stream that is a function of seed and
-            # step.
-            torch.manual_seed(derive_seed(settings.seed, "step", step))
+            # step, and of the process: it drops out of other images.
+            torch.manual_seed(derive_seed(settings.seed, "step", step, *([rank()] if rank() else [])))
             buffers = [buffer.clone() for buffer in task.buffers()] if guarded else []
             found = []
             for index, batch in enumerate(micro_batches):
@@ -217,6 +232,7 @@ def fit(
             optimizer.zero_grad()
 
             if ((step + 1) % settings.log_every == 0 or step + 1 == steps) and meter.steps:
+                meter.pool()
                 means = meter.means()
                 if not math.isfinite(means["loss"]):
                     raise UserError(
@@ -224,20 +240,24 @@ def fit(
                         f"({lr:.3g})."
                     )
                 skipped = {"skipped": guard.skipped} if guarded else {}
-                run.log({"step": step, **means, "lr": lr, **skipped})
+                if is_first:
+                    run.log({"step": step, **means, "lr": lr, **skipped})
                 bar.note = f"loss {means['loss']:.4f}"
             stop = None
             # Before the checkpoint: a line that it counts as written must not be lost to a kill in between.
             if observer is not None and ((step + 1) % observer.every == 0 or step + 1 == steps):
-                with same_modes(task):
-                    seen = observer(step)
-                run.log({"step": step, **seen.content})
-                stop = seen.stop
+                if is_first:
+                    with same_modes(task):
+                        seen = observer(step)
+                    run.log({"step": step, **seen.content})
+                    stop = seen.stop
+                stop = first_says(stop)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or stop is not None:
                 save(step + 1)
             if stop is not None:
                 raise UserError(f"{label}: {stop} The checkpoint {run.checkpoint_path} holds this step.")
-            bar.advance(items=sum(len(batch) for batch in micro_batches), waited=waited, note=bar.note)
+            images = count() * sum(len(batch) for batch in micro_batches)
+            bar.advance(items=images, waited=waited, note=bar.note)
     return last == steps
 
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import distributed
+
+from cfssl.engine.processes import count
 
 
 class Meter:
@@ -20,6 +23,13 @@ class Meter:
                 addend = value.detach().double() / len(micro_batches)
                 self.sums[name] = self.sums[name] + addend if name in self.sums else addend
         self.steps += 1
+
+    def pool(self) -> None:
+        """The sums become their means over the processes that train together."""
+        if count() > 1 and self.sums:
+            means = torch.stack(list(self.sums.values()))
+            distributed.all_reduce(means)
+            self.sums = dict(zip(self.sums, means / count(), strict=True))
 
     @property
     def is_finite(self) -> bool:

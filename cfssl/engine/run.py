@@ -21,14 +21,22 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 @settings(frozen=True, config=STRICT)
 class HardwareSettings:
-    """`accelerator`: "auto" takes a GPU where there is one. `precision` as Lightning Fabric names it;
-    `workers`: data loading processes, 0 loads in the main one; `threads` of torch, None for its own
+    """`accelerator`: "auto" takes a GPU where there is one. `devices` of each of `nodes` machines pre-train
+    together, with a process each (on a CPU: as many processes). `precision` as Lightning Fabric names it;
+    `workers`: data loading processes of each, 0 loads in the main one; `threads` of torch, None for its own
     choice."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Count = 1
+    nodes: Count = 1
     precision: Precision = "32-true"
     workers: Annotated[int, Field(ge=0)] = 0
     threads: Count | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.devices * self.nodes
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from cfssl.data.views import ViewBatch
 from cfssl.engine.schedules import cosine
 from cfssl.models.backbone import feature_size
 from cfssl.models.heads import lightly_head
+from cfssl.objectives.gathered import gathered
 from cfssl.objectives.teacher import Teacher
 from cfssl.settings import STRICT, Count, NonNegative, Positive, Probability
 
@@ -98,10 +99,10 @@ def create_baseline(settings: BaselineSettings, encoder: nn.Module, seed: int, s
         case VICRegSettings():
             weights = settings.invariance, settings.variance, settings.covariance
             projector = head("VICRegProjectionHead", name, features, hidden, output)
-            return Twins(encoder, projector, VICRegLoss(*weights, gather_distributed=True))
+            return Twins(encoder, projector, VICRegLoss(*weights))
         case BarlowTwinsSettings():
             projector = head("BarlowTwinsProjectionHead", name, features, hidden, output)
-            return Twins(encoder, projector, BarlowTwinsLoss(settings.redundancy, gather_distributed=True))
+            return Twins(encoder, projector, BarlowTwinsLoss(settings.redundancy))
 
 
 class Bootstrap(nn.Module):
@@ -145,7 +146,8 @@ class Bootstrap(nn.Module):
 
 
 class Twins(nn.Module):
-    """`loss` of the projections (B, D) of both views. `forward(batch, step)` returns {"loss"}; `student` is
+    """`loss` of the projections (B, D) of both views, those of all processes: where lightly gathers, each
+    process still normalises by its own statistics. `forward(batch, step)` returns {"loss"}; `student` is
     what gets exported."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, loss: nn.Module) -> None:
@@ -156,7 +158,7 @@ class Twins(nn.Module):
         images = batch.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (2B, C, H, W)
         z = self.projector(self.student(images)).unflatten(0, (-1, 2))  # (B, 2, D)
         with torch.autocast(z.device.type, enabled=False):
-            return {"loss": self.loss(*z.float().unbind(1))}
+            return {"loss": self.loss(*gathered(z.float()).unbind(1))}
 
     def after_step(self, step: int) -> None:
         """Nothing moves outside the optimiser."""
@@ -181,7 +183,6 @@ class Contrast(nn.Module):
         from lightly.utils import dist
 
         q, k = (nn.functional.normalize(part, dim=1) for part in (predictions, projections))
-        if dist.world_size() > 1:
-            k = torch.cat(dist.gather(k))
+        k = gathered(k)
         own = torch.arange(len(q), device=q.device) + dist.rank() * len(q)
         return 2 * self.temperature * nn.functional.cross_entropy(q @ k.T / self.temperature, own)

@@ -31,8 +31,7 @@ from torch import nn
 from cfssl.data.views import ViewBatch
 from cfssl.models.dense import DecoderSettings, create_dense, dense_head, gather_points
 from cfssl.objectives.dense_loss import multi_view_loss, pair_loss
-from cfssl.objectives.points import matched_points, view_points
-from cfssl.seeds import torch_generator
+from cfssl.objectives.points import item_generators, matched_points, view_points
 from cfssl.settings import STRICT, Count, NonNegative, Positive
 
 Structures = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -128,13 +127,17 @@ class Dense(nn.Module):
         if isinstance(settings, SDVDSettings | SMVDSettings):
             assert batch.labels is not None, "the silver variants are given the masks of their views"
             codes = class_codes(batch.labels)
-        generator = torch_generator(self.seed, "points", step)
+        generators = item_generators(batch.position, self.seed, "points", step)
         if isinstance(settings, MVDSettings | SMVDSettings):
-            return self.multi_view(batch, maps, codes, generator)
-        return self.pairs(batch, maps, codes, generator)
+            return self.multi_view(batch, maps, codes, generators)
+        return self.pairs(batch, maps, codes, generators)
 
     def pairs(
-        self, batch: ViewBatch, maps: torch.Tensor, codes: torch.Tensor | None, generator: torch.Generator
+        self,
+        batch: ViewBatch,
+        maps: torch.Tensor,
+        codes: torch.Tensor | None,
+        generators: list[torch.Generator],
     ) -> dict[str, torch.Tensor]:
         """DVD and S-DVD: both directions of every pair of views, each at points of its own."""
         settings, losses, known = self.settings, [], []
@@ -143,7 +146,7 @@ class Dense(nn.Module):
             for a, b in (pair, pair[::-1]):
                 both = [a, b]
                 points = matched_points(
-                    batch.affine[:, both], batch.valid[:, both], settings.points, generator
+                    batch.affine[:, both], batch.valid[:, both], settings.points, generators
                 )
                 z_a, z_b = (
                     self.projected(maps[:, view], place)
@@ -179,11 +182,15 @@ class Dense(nn.Module):
         return {"loss": 2 * torch.stack(losses).mean(), "overlap": torch.stack(known).mean()}
 
     def multi_view(
-        self, batch: ViewBatch, maps: torch.Tensor, codes: torch.Tensor | None, generator: torch.Generator
+        self,
+        batch: ViewBatch,
+        maps: torch.Tensor,
+        codes: torch.Tensor | None,
+        generators: list[torch.Generator],
     ) -> dict[str, torch.Tensor]:
         """MVD and S-MVD: the points of all views together."""
         settings, shape = self.settings, maps.shape[:2]
-        points, source, is_known = view_points(batch.affine, batch.valid, settings.points, generator)
+        points, source, is_known = view_points(batch.affine, batch.valid, settings.points, generators)
         places = points.flatten(0, 1)
         z = self.projected(maps.flatten(0, 1), places).unflatten(0, shape)
         options: dict[str, Any] = {"is_known": is_known}

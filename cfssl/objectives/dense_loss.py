@@ -31,9 +31,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from cfssl.objectives.contrast import Near, contrast
+from cfssl.objectives.gathered import gathered, mean_of_all
 
 RADIUS = 0.1  # of the side of the source, as published
 LEAST_SHARE = 1e-6  # of a class's weight that its other points need to be positives
@@ -178,8 +179,7 @@ def of_all_processes(points: Points) -> tuple[Points, torch.Tensor]:
     from lightly.utils import dist
 
     count, rank = len(points.z), dist.rank()
-    if dist.world_size() > 1:
-        points = Points(*(torch.cat(dist.gather(part)) for part in points))
+    points = Points(*(gathered(part) for part in points))
     place = points.is_known.cumsum(0)[rank * count : (rank + 1) * count] - 1
     return selected(points, points.is_known.nonzero()[:, 0]), place
 
@@ -237,12 +237,3 @@ def attraction(
     """sum_a weight_a z_a . positive_a / tau of rows (N, C): the second term of the loss, where the mean of an
     anchor's positives is known."""
     return (z * positive).sum(1) @ weight / temperature
-
-
-def mean_of_all(total: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """`total` of this process by the `mass` of the anchors of all, times the number of processes."""
-    processes = 1
-    if distributed.is_initialized():
-        mass, processes = mass.clone(), distributed.get_world_size()
-        distributed.all_reduce(mass)
-    return total * processes / torch.where(mass > 0, mass, 1)

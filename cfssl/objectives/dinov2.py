@@ -16,7 +16,7 @@ The published CF-DINO starts the heads of teacher and student apart, and blurs w
 import copy
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
@@ -30,6 +30,7 @@ from cfssl.engine.schedules import cosine, linear
 from cfssl.errors import UserError
 from cfssl.models.backbone import feature_size, has_patch_tokens
 from cfssl.models.heads import dino_head
+from cfssl.objectives.gathered import gathered
 from cfssl.objectives.teacher import (
     Centre,
     Teacher,
@@ -137,7 +138,6 @@ class DINOv2(nn.Module):
         self.dino_centre = Centre(self.prototypes, settings.centre_momentum)
         self.ibot_centre = Centre(self.prototypes, settings.centre_momentum)
         self.koleo = KoLeoLoss()
-        self.drawn = (-1, 0)  # the step that masks were last drawn for, and for how many of its items
 
     def _students(self) -> dict[str, nn.Module]:
         return {"encoder": self.student, **self.heads}
@@ -147,7 +147,7 @@ class DINOv2(nn.Module):
         warmup = round(settings.temperature_warmup * self.steps)
         temperature = linear(step, warmup, settings.first_teacher_temperature, settings.teacher_temperature)
         images = stacked(batch.images)
-        masks = self.masks(count, step, images) if settings.ibot_weight else None  # (2B, h, w)
+        masks = self.masks(batch.position, step, images) if settings.ibot_weight else None  # (2B, h, w)
         # Places of the masked patches among all; counted before anything moves to the device.
         places = masks.flatten().nonzero().squeeze(1) if masks is not None else None
 
@@ -186,7 +186,7 @@ class DINOv2(nn.Module):
                 )
                 loss = loss + settings.ibot_weight * parts["ibot"]
             if settings.koleo_weight:
-                parts["koleo"] = torch.stack([self.koleo(view) for view in features.float()]).sum()
+                parts["koleo"] = torch.stack([self.koleo(gathered(view)) for view in features.float()]).sum()
                 loss = loss + settings.koleo_weight * parts["koleo"]
             return {"loss": loss, **parts, **entropies(targets)}
 
@@ -198,23 +198,20 @@ class DINOv2(nn.Module):
         centre.see(logits)
         return targets
 
-    def masks(self, count: int, step: int, images: torch.Tensor) -> torch.Tensor:
-        """Block masks (2B, h, w) of the next `count` items of a step, on the CPU: a function of the seed, the
-        step and the place of the items in it, so that micro-batches have the masks of the whole batch."""
-        first = self.drawn[1] if self.drawn[0] == step else 0
-        self.drawn = (step, first + count)
+    def masks(self, positions: Sequence[int], step: int, images: torch.Tensor) -> torch.Tensor:
+        """Block masks (2B, h, w) of the items of a step at B `positions`, on the CPU: a function of the seed,
+        the step and the position, so that micro-batches have the masks of the whole batch."""
         grid = self.student.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))  # type: ignore[union-attr, operator]
         settings = self.settings
         seeds = [
             derive_seed(self.seed, "mask", step, position, view)
-            for position in range(first, first + count)
+            for position in positions
             for view in range(VIEWS)
         ]
         return block_masks(seeds, grid, settings.mask_probability, settings.mask_ratio)
 
     def before_step(self, step: int) -> None:
         """Takes the gradients of the prototypes away while they stand still."""
-        self.drawn = (-1, 0)
         if step < round(self.settings.freeze_last_layer * self.steps):
             for head in self.heads.values():
                 for parameter in head.last_layer.parameters():  # type: ignore[union-attr]

@@ -21,9 +21,9 @@ from cfssl.models.dense import Grid
 from cfssl.models.heads import lightly_head
 from cfssl.models.seeded import seeded
 from cfssl.objectives.dense import Structures, class_codes
-from cfssl.objectives.points import apply, pixel_centres
+from cfssl.objectives.gathered import mean_of_all
+from cfssl.objectives.points import apply, item_generators, pixel_centres
 from cfssl.objectives.teacher import Teacher
-from cfssl.seeds import torch_generator
 from cfssl.settings import STRICT, Count, NonNegative, Positive, Probability
 
 
@@ -141,7 +141,7 @@ def agreement(y: torch.Tensor, z: torch.Tensor, alike: torch.Tensor) -> torch.Te
     over the images that have any; 0 without."""
     count = alike.sum((1, 2))
     means = ((y @ z.mT) * alike).sum((1, 2)) / count.clamp_min(1)
-    return means.sum() / (count > 0).sum().clamp_min(1)
+    return mean_of_all(means.sum(), (count > 0).sum())
 
 
 def cell_places(affine: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
@@ -223,9 +223,13 @@ class DetCon(nn.Module):
         codes = class_codes(batch.labels).flatten(0, 1).clamp_min(0)
         count = len(self.settings.structures) + 1
         pooled, shares = region_means(maps, codes, count)  # (2B, M, C), (2B, M)
-        generator = torch_generator(self.seed, "regions", step)
-        drawn = torch.multinomial(
-            (shares > 0).float().cpu(), self.settings.regions, replacement=True, generator=generator
+        generators = item_generators(batch.position, self.seed, "regions", step)
+        shown = (shares > 0).float().cpu().unflatten(0, (-1, 2))
+        drawn = torch.cat(
+            [
+                torch.multinomial(views, self.settings.regions, replacement=True, generator=generator)
+                for views, generator in zip(shown, generators, strict=True)
+            ]
         ).to(maps.device)  # (2B, R)
         chosen = pooled.gather(1, drawn[..., None].expand(-1, -1, pooled.shape[2]))
         z = self.head(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])

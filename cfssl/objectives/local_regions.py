@@ -8,6 +8,7 @@ loss behind it (`init.backbone`) and trains the decoder's first blocks: `decoder
 with five levels.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -18,8 +19,8 @@ from torch import nn
 from cfssl.data.views import ViewBatch
 from cfssl.models.dense import DecoderSettings, create_dense, gather_points
 from cfssl.models.seeded import seeded
-from cfssl.objectives.points import apply, inverse, matched_points
-from cfssl.seeds import torch_generator
+from cfssl.objectives.gathered import mean_of_all
+from cfssl.objectives.points import apply, inverse, item_generators, matched_points, uniform
 from cfssl.settings import STRICT, Count, Positive
 
 
@@ -65,8 +66,8 @@ class LocalRegions(nn.Module):
         settings = self.settings
         images = batch.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         maps = self.network(images).unflatten(0, (-1, 2))
-        generator = torch_generator(self.seed, "points", step)
-        pair = matched_points(batch.affine, batch.valid, settings.regions, generator)
+        generators = item_generators(batch.position, self.seed, "points", step)
+        pair = matched_points(batch.affine, batch.valid, settings.regions, generators)
         to_source, from_source = batch.affine[:, 0].double(), inverse(batch.affine[:, 1].double())
         offsets = region_offsets(settings.side, maps.shape[3:], pair.first.device)
         first = (pair.first[:, :, None] + offsets).flatten(1, 2)  # (B, regions side^2, 2)
@@ -81,9 +82,9 @@ class LocalRegions(nn.Module):
             dim=1,
         )  # (B, 2, regions, output)
         with torch.autocast(z.device.type, enabled=False):
-            losses = region_contrast(z.float(), settings.temperature, settings.negatives, generator)
+            losses = region_contrast(z.float(), settings.temperature, settings.negatives, generators)
             weights = pair.is_known.float()
-            loss = (losses * weights).sum() / weights.sum().clamp_min(1)
+            loss = mean_of_all((losses * weights).sum(), weights.sum())
         return {"loss": loss, "overlap": weights.mean()}
 
     def after_step(self, step: int) -> None:
@@ -99,7 +100,7 @@ def region_offsets(side: int, size: torch.Size | tuple[int, int], device: torch.
 
 
 def region_contrast(
-    z: torch.Tensor, temperature: float, negatives: int, generator: torch.Generator
+    z: torch.Tensor, temperature: float, negatives: int, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
     """Of regions z (B, 2, R, D) of two views: the mean over both views and all regions of
 
@@ -114,7 +115,7 @@ def region_contrast(
     similarity = every @ every.mT / temperature  # (B, 2R, 2R)
     place = torch.arange(2 * regions, device=z.device)
     is_same = place[:, None] % regions == place % regions
-    keys = torch.rand(similarity.shape, generator=generator).to(z.device).masked_fill(is_same, 2.0)
+    keys = uniform(generators, *similarity.shape[1:]).to(z.device).masked_fill(is_same, 2.0)
     drawn = keys.topk(negatives, dim=2, largest=False).indices
     positive = similarity[:, place, (place + regions) % (2 * regions)][..., None]
     logits = torch.cat([positive, similarity.gather(2, drawn)], dim=2)

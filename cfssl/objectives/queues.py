@@ -22,7 +22,8 @@ from cfssl.data.views import ViewBatch
 from cfssl.models.backbone import feature_size
 from cfssl.models.dense import DecoderSettings, Grid, create_dense, dense_head, gather_points
 from cfssl.models.heads import lightly_head
-from cfssl.objectives.points import matched_points
+from cfssl.objectives.gathered import gathered_uneven, mean_of_all
+from cfssl.objectives.points import item_generators, matched_points
 from cfssl.objectives.teacher import Teacher
 from cfssl.seeds import torch_generator
 from cfssl.settings import STRICT, Count, Positive, Probability
@@ -63,7 +64,7 @@ class DenseCLSettings:
 
 class Queue(nn.Module):
     """The last `size` keys (size, D), unit vectors; random ones before any came. `see` notes those of a
-    micro-batch, `move` takes in what a step has brought, from all processes."""
+    micro-batch, of all processes, `move` takes in what a step has brought."""
 
     keys: torch.Tensor
     place: torch.Tensor
@@ -76,21 +77,16 @@ class Queue(nn.Module):
         self._seen: list[torch.Tensor] = []  # empty between steps
 
     def see(self, keys: torch.Tensor) -> None:
-        """Keys (N, D)."""
-        self._seen.append(keys.detach())
+        """Keys (N, D) of this process; N may be another one in each."""
+        self._seen.append(gathered_uneven(keys.detach()))
 
     @torch.no_grad()
     def move(self) -> None:
         """The oldest make room."""
-        from lightly.utils import dist
-
         if not self._seen:
             return
-        keys = torch.cat(self._seen)
+        keys = torch.cat(self._seen)[-len(self.keys) :]
         self._seen.clear()
-        if dist.world_size() > 1:
-            keys = torch.cat(dist.gather(keys))
-        keys = keys[-len(self.keys) :]
         places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.keys)
         self.keys[places] = keys.to(self.keys.dtype)
         self.place.copy_((self.place + len(keys)) % len(self.keys))
@@ -139,8 +135,8 @@ class VADeR(nn.Module):
         first, second = (
             view.contiguous(memory_format=torch.channels_last) for view in batch.images.unbind(1)
         )
-        generator = torch_generator(self.seed, "points", step)
-        pair = matched_points(batch.affine, batch.valid, settings.points, generator)
+        generators = item_generators(batch.position, self.seed, "points", step)
+        pair = matched_points(batch.affine, batch.valid, settings.points, generators)
         q = self.head(gather_points(self.network(first), pair.first))
         with torch.no_grad():
             k = self.teacher["head"](gather_points(self.teacher["network"](second), pair.second))
@@ -149,7 +145,7 @@ class VADeR(nn.Module):
             known = pair.is_known[:, None].expand(q.shape[:2])
             losses = self.queue.contrast(q.flatten(0, 1), k.flatten(0, 1), settings.temperature)
             weights = known.flatten().float()
-            loss = (losses * weights).sum() / weights.sum().clamp(min=1)
+            loss = mean_of_all((losses * weights).sum(), weights.sum())
             self.queue.see(k[pair.is_known].flatten(0, 1))
         return {"loss": loss, "overlap": pair.is_known.float().mean()}
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import distributed, nn
 
+from cfssl.objectives.gathered import gathered
+
 SINKHORN_ITERATIONS = 3
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
@@ -158,5 +160,5 @@ def entropies(targets: torch.Tensor) -> dict[str, torch.Tensor]:
     greatest = math.log(flat.shape[1])
     return {
         "teacher_entropy": torch.special.entr(flat).sum(1).mean() / greatest,
-        "marginal_entropy": torch.special.entr(flat.mean(0)).sum() / greatest,
+        "marginal_entropy": torch.special.entr(gathered(flat.mean(0)[None]).mean(0)).sum() / greatest,
     }

@@ -299,6 +299,7 @@ class Views:
             valid=torch.ones(16, 2, 32, 32, dtype=torch.bool),
             attributes={"bright": (images[:, 0, 0, :, :16].mean((1, 2)) > 0.5).long()},
             row=torch.arange(16),
+            position=tuple(range(16)),
         )
         return split(whole, self.parts)
 

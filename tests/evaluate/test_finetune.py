@@ -189,7 +189,14 @@ def batch_of(table: ImageTable, rows: np.ndarray) -> ViewBatch:
     nothing = torch.zeros(len(rows), 1)
     attributes = {"dx": torch.from_numpy(Y[rows])}
     return ViewBatch(
-        images, nothing.bool(), nothing.long(), nothing, nothing, attributes, nothing[:, 0].long()
+        images,
+        nothing.bool(),
+        nothing.long(),
+        nothing,
+        nothing,
+        attributes,
+        nothing[:, 0].long(),
+        tuple(range(len(images))),
     )
 
 

@@ -232,6 +232,7 @@ class Pairs:
                 valid=torch.ones(8, 2, 32, 32, dtype=torch.bool),
                 attributes={},
                 row=torch.arange(8),
+                position=tuple(range(8)),
             )
         ]
 

@@ -3,21 +3,63 @@
     python processes.py RANK FOLDER
 
 Two of them, with ranks 0 and 1, meet through a file in FOLDER, take half of the items each, and write what
-they find to FOLDER/RANK.npz: losses, gradients averaged over the processes as DDP does, targets and centres.
+they find to FOLDER/RANK.npz: losses, gradients averaged over the processes as DDP does, targets and centres;
+of every objective also its buffers after the step.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
 
+from cfssl.data.geometry import GeometrySettings
+from cfssl.data.views import ViewBatch, split
+from cfssl.engine.norms import pool_statistics
+from cfssl.models.backbone import BackboneSettings, create_backbone
+from cfssl.models.dense import DecoderSettings
+from cfssl.objectives import ObjectiveSettings, create_objective
+from cfssl.objectives.baselines import BarlowTwinsSettings, BYOLSettings, MoCoSettings, VICRegSettings
+from cfssl.objectives.dense import DVDSettings, MVDSettings, SDVDSettings, SMVDSettings
 from cfssl.objectives.dense_loss import multi_view_loss, pair_loss
+from cfssl.objectives.dinov2 import DINOv2Settings
+from cfssl.objectives.grids import DetConSettings, PixProSettings, VICRegLSettings
+from cfssl.objectives.local_regions import LocalRegionsSettings
+from cfssl.objectives.queues import DenseCLSettings, VADeRSettings
+from cfssl.objectives.segmentation import SegmentationSettings
 from cfssl.objectives.simclr import SimCLR, SimCLRSettings
+from cfssl.objectives.supervised import SupervisedSettings
 from cfssl.objectives.teacher import Centre, sinkhorn_targets
 
 COUNT, WORLD = 12, 2
+SMALL = {"hidden": 16, "output": 8}
+DECODER = DecoderSettings(widths=(16, 8, 8, 8, 8), stride=2)
+DENSE = SMALL | {"points": 30, "decoder": DECODER}
+BOTH = ("left", "right")
+OBJECTIVES: tuple[ObjectiveSettings, ...] = (
+    SimCLRSettings(**SMALL),
+    BYOLSettings(**SMALL),
+    MoCoSettings(**SMALL),
+    VICRegSettings(**SMALL),
+    BarlowTwinsSettings(**SMALL),
+    DINOv2Settings(prototypes=12, hidden=16, bottleneck=8, mask_probability=0.8),
+    DINOv2Settings(prototypes=12, hidden=16, bottleneck=8, batch_norm=True, centring="sinkhorn"),
+    DVDSettings(**DENSE, exclusion_radius=0.1),
+    SDVDSettings(**DENSE, structures=BOTH),
+    MVDSettings(**DENSE),
+    SMVDSettings(**DENSE, structures=BOTH),
+    VADeRSettings(**DENSE, queue=300),
+    DenseCLSettings(**SMALL, queue=64, stride=8),
+    PixProSettings(**SMALL, stride=8, distance=0.4),
+    VICRegLSettings(**SMALL, stride=8, matches=(10, 4)),
+    DetConSettings(**SMALL, structures=BOTH, stride=8),
+    LocalRegionsSettings(output=8, decoder=DECODER),
+    SegmentationSettings(structures=BOTH, decoder=DECODER),
+    SupervisedSettings(target="patient"),
+)
+CROPS = GeometrySettings(crop_scale=(0.1, 0.4))  # some pairs of views do not overlap
 PATIENT = torch.tensor([0, 0, 1, 2, -1, 3, 0, 4, 1, -1, 5, 5])  # shared within and across the processes
 
 
@@ -70,6 +112,43 @@ def dense_losses(items: slice) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
+def one_step(settings: ObjectiveSettings, batch: ViewBatch) -> dict[str, torch.Tensor]:
+    """Loss, gradient by all parameters, and buffers after the step; mostly in float64."""
+    is_dino = isinstance(settings, DINOv2Settings)
+    encoder = create_backbone(
+        BackboneSettings("test_vit" if is_dino else "test_resnet"), 1, 32, seed=0, any_size=is_dino
+    )
+    task = create_objective(settings, encoder, 0, images=64, steps=20, channels=1, classes=6)
+    task.double().train()
+    pool_statistics(task, torch.device("cpu"))
+    loss = task(batch, 3)["loss"]
+    loss.backward()
+    gradients = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in task.parameters()
+    ]
+    task.after_step(3)
+    buffers = [buffer.double().flatten() for buffer in task.buffers()] or [torch.zeros(0)]
+    return {
+        "loss": loss.detach(),
+        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
+        "buffers": torch.cat(buffers),
+    }
+
+
+def batch_for_all(parts: int) -> list[ViewBatch]:
+    """A scene, in equal parts."""
+    from dense_toys import scene
+    from view_toys import batch_of
+
+    batch = scene(COUNT, 2, CROPS)
+    generator = torch.Generator().manual_seed(4)
+    local = torch.rand(COUNT, 3, 1, 16, 16, generator=generator, dtype=torch.float64)
+    attributes = {"patient": PATIENT.clamp_min(0)}
+    whole = replace(batch, images=batch.images.double(), local=batch_of(local), attributes=attributes)
+    return split(whole, parts)
+
+
 def found(items: slice) -> dict[str, np.ndarray]:
     """Of the items of one process, or of all."""
     from view_toys import batch_of
@@ -94,6 +173,10 @@ def found(items: slice) -> dict[str, np.ndarray]:
     centre.see(logits[2:])
     centre.move()
     results["centre"] = centre.value
+    rank, size = (distributed.get_rank(), WORLD) if distributed.is_initialized() else (0, 1)
+    for number, settings in enumerate(OBJECTIVES):
+        for name, value in one_step(settings, batch_for_all(size)[rank]).items():
+            results[f"{name}_{number}_{settings.name}"] = value
     if distributed.is_initialized():
         for name, value in results.items():
             if name.startswith(("loss", "gradients")):

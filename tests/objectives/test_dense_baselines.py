@@ -26,6 +26,7 @@ from cfssl.objectives.grids import (
     region_means,
 )
 from cfssl.objectives.local_regions import LocalRegionsSettings, region_contrast, region_offsets
+from cfssl.objectives.points import item_generators
 from cfssl.objectives.queues import DenseCLSettings, Queue, VADeRSettings, queue_size
 from cfssl.seeds import torch_generator
 
@@ -270,8 +271,8 @@ def test_detcon_draws_regions_that_its_views_show(monkeypatch: pytest.MonkeyPatc
 
 
 def test_region_contrast_is_its_formula_over_negatives_of_the_same_images() -> None:
-    z = draw(2, 2, 4, 5).double()
-    every = region_contrast(z, 0.1, negatives=6, generator=torch_generator(0))  # all the others
+    z, generators = draw(2, 2, 4, 5).double(), item_generators((0, 1), 0)
+    every = region_contrast(z, 0.1, negatives=6, generators=generators)  # all the others
     unit = nn.functional.normalize(z, dim=3)
     for item in range(2):
         losses = []
@@ -283,7 +284,7 @@ def test_region_contrast_is_its_formula_over_negatives_of_the_same_images() -> N
                 negative = sum(torch.exp(own @ other / 0.1) for other in others)
                 losses.append(-torch.log(positive / (positive + negative)))
         assert every[item].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
-    fewer = region_contrast(z, 0.1, negatives=2, generator=torch_generator(0))
+    fewer = region_contrast(z, 0.1, negatives=2, generators=generators)
     assert (fewer < every).all()
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cfssl.data.geometry import GeometrySettings, sample_affines, to_source, to_view, valid_mask, warp
-from cfssl.objectives.points import LEAST, draw, matched_points, pixel_centres, view_points
-from cfssl.seeds import numpy_generator, torch_generator
+from cfssl.objectives.points import LEAST, draw, item_generators, matched_points, pixel_centres, view_points
+from cfssl.seeds import numpy_generator
 
 SIZE, SOURCE = (40, 32), (64, 48)
 WILD = GeometrySettings(
@@ -29,6 +29,10 @@ def drawn(count: int, views: int = 2, settings: GeometrySettings = WILD) -> tupl
     )
 
 
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return item_generators(range(count), seed)
+
+
 def sampled(images: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """(B, n, C) of images (B, C, H, W), bilinear."""
     found = torch.nn.functional.grid_sample(images, points[:, :, None], align_corners=False)
@@ -37,7 +41,7 @@ def sampled(images: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 def test_an_image_of_its_own_coordinates_has_the_same_values_at_matched_points() -> None:
     affine, valid = drawn(64)
-    pair = matched_points(affine, valid, 200, torch_generator(0))
+    pair = matched_points(affine, valid, 200, generators(64))
     source = ramps(SOURCE)
     warped = np.stack([[warp(source, a.double().numpy(), SIZE) for a in views] for views in affine])
     images = torch.from_numpy(warped).permute(0, 1, 4, 2, 3)  # (B, 2, xy, H, W)
@@ -55,7 +59,7 @@ def test_an_image_of_its_own_coordinates_has_the_same_values_at_matched_points()
 
 def test_matched_points_are_those_of_the_views_own_maps() -> None:
     affine, valid = drawn(16)
-    pair = matched_points(affine, valid, 100, torch_generator(1))
+    pair = matched_points(affine, valid, 100, generators(16, 1))
     maps = affine.double().numpy()
     np.testing.assert_allclose(to_source(maps[:, 0], pair.first.double().numpy()), pair.source, atol=1e-6)
     np.testing.assert_allclose(to_view(maps[:, 1], pair.source.double().numpy()), pair.second, atol=2e-6)
@@ -63,7 +67,7 @@ def test_matched_points_are_those_of_the_views_own_maps() -> None:
 
 def test_points_lie_where_both_views_show_the_source_alone() -> None:
     affine, valid = drawn(64)
-    pair = matched_points(affine, valid, 300, torch_generator(2))
+    pair = matched_points(affine, valid, 300, generators(64, 2))
     for view, points in enumerate((pair.first, pair.second)):
         x, y = (((points[..., axis] + 1) * side - 1) / 2 for axis, side in ((0, SIZE[1]), (1, SIZE[0])))
         assert x[pair.is_known].min() > -1e-3
@@ -81,7 +85,7 @@ def test_views_without_overlap_are_not_known() -> None:
     corner = torch.tensor([[0.2, 0, -0.8], [0, 0.2, -0.8]])
     other = torch.tensor([[0.2, 0, 0.8], [0, 0.2, 0.8]])
     affine = torch.stack([torch.stack([corner, corner]), torch.stack([corner, other])])
-    pair = matched_points(affine, torch.ones(2, 2, 8, 8, dtype=torch.bool), 20, torch_generator(0))
+    pair = matched_points(affine, torch.ones(2, 2, 8, 8, dtype=torch.bool), 20, generators(2))
     assert pair.is_known.tolist() == [True, False]
     assert torch.equal(pair.first[0], pair.second[0]) or torch.allclose(
         pair.first[0], pair.second[0], atol=1e-6
@@ -91,15 +95,15 @@ def test_views_without_overlap_are_not_known() -> None:
 
 @pytest.mark.parametrize(("open_places", "is_known"), [(LEAST - 1, False), (LEAST, True)])
 def test_an_item_with_next_to_no_overlap_has_no_weight(open_places: int, is_known: bool) -> None:
-    admissible = torch.zeros(1, 100, dtype=torch.bool)
-    admissible[0, :open_places] = True
-    assert draw(admissible, 8, torch_generator(0))[1].tolist() == [is_known]
+    admissible = torch.zeros(1, 1, 100, dtype=torch.bool)
+    admissible[0, 0, :open_places] = True
+    assert draw(admissible, 8, generators(1))[1].tolist() == [[is_known]]
 
 
 def test_no_pixel_is_drawn_twice_before_all_are_drawn_once() -> None:
     admissible = torch.zeros(3, 60, dtype=torch.bool)
     admissible[0, ::2], admissible[1, 5:25], admissible[2] = True, True, True
-    places, _ = draw(admissible, 50, torch_generator(0))
+    (places,), _ = draw(admissible[None], 50, generators(1))
     for item, count in enumerate((30, 20, 60)):
         assert admissible[item][places[item]].all()
         often = np.bincount(places[item], minlength=60)[admissible[item].numpy()]
@@ -108,14 +112,14 @@ def test_no_pixel_is_drawn_twice_before_all_are_drawn_once() -> None:
 
 def test_every_admissible_pixel_is_drawn_as_often() -> None:
     admissible = torch.arange(40) % 4 > 0
-    places, _ = draw(admissible.expand(20_000, -1), 6, torch_generator(4))
-    shares = np.bincount(places.flatten(), minlength=40) / len(places)
+    places, _ = draw(admissible.expand(10_000, 2, -1), 6, generators(10_000))
+    shares = np.bincount(places.flatten(), minlength=40) / 20_000
     np.testing.assert_allclose(shares, np.where(admissible, 6 / 30, 0), atol=0.01)
 
 
 def test_view_points_are_valid_pixels_of_their_views() -> None:
     affine, valid = drawn(8, views=3)
-    points, source, is_known = view_points(affine, valid, 50, torch_generator(0))
+    points, source, is_known = view_points(affine, valid, 50, generators(8))
     column, row = (((points[..., axis] + 1) * side - 1) / 2 for axis, side in ((0, SIZE[1]), (1, SIZE[0])))
     np.testing.assert_allclose(column, column.round(), atol=1e-4)
     place = row.round().long() * SIZE[1] + column.round().long()
@@ -124,8 +128,19 @@ def test_view_points_are_valid_pixels_of_their_views() -> None:
     np.testing.assert_allclose(to_source(maps, points.double().numpy()), source, atol=1e-6)
 
 
-def test_the_same_generator_draws_the_same_points() -> None:
+def test_the_same_generators_draw_the_same_points() -> None:
     affine, valid = drawn(4)
-    first, second, other = (matched_points(affine, valid, 9, torch_generator(seed)) for seed in (0, 0, 1))
+    first, second, other = (matched_points(affine, valid, 9, generators(4, seed)) for seed in (0, 0, 1))
     assert torch.equal(first.first, second.first)
     assert not torch.equal(first.first, other.first)
+
+
+def test_points_of_an_item_are_the_same_whichever_items_lie_beside_it() -> None:
+    affine, valid = drawn(6)
+    whole, part = (
+        matched_points(affine[items], valid[items], 9, item_generators(range(6)[items], 0))
+        for items in (slice(6), slice(2, 4))
+    )
+    assert all(torch.equal(found, expected[2:4]) for found, expected in zip(part, whole, strict=True))
+    views, _, _ = view_points(affine, valid, 9, generators(6))
+    assert torch.equal(view_points(affine[4:], valid[4:], 9, item_generators((4, 5), 0))[0], views[4:])

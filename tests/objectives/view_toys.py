@@ -21,6 +21,7 @@ def batch_of(
         valid=torch.ones(count, views, *images.shape[3:], dtype=torch.bool),
         attributes=attributes or {},
         row=torch.arange(count),
+        position=tuple(range(count)),
         local=None if local is None else batch_of(local),
     )
 

@@ -152,6 +152,7 @@ def a_batch(slots: np.ndarray, valid: np.ndarray, images: np.ndarray) -> ViewBat
         valid=torch.from_numpy(valid),
         attributes={},
         row=torch.arange(count) + 70,
+        position=tuple(range(count)),
     )
 
 

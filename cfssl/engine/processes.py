@@ -1,0 +1,254 @@
+"""Several processes that train one model together.
+
+They are started by torchrun, by srun, or by the first of them itself, and meet in a key store. The first one
+leads: it alone goes through the stages of a recipe, and when it comes to a training it gives the others an
+order. Until then, and afterwards, these wait (`follow`). Only while all train are they a process group of
+torch (gloo between CPUs, NCCL between GPUs), so that nothing else can wait for a process that is busy
+elsewhere.
+
+Whoever fails says so in the store, and the others end too: none waits for a process that is gone.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
+
+import torch
+from torch import distributed
+
+from cfssl.engine.run import HardwareSettings
+from cfssl.engine.world import meeting_place, world
+from cfssl.errors import UserError
+
+# The others wait while the first process makes stages, looks at the encoder or writes.
+PATIENCE = timedelta(days=30)
+POLL = 0.2  # seconds between two looks into the store
+GRACE = 20.0  # seconds that a process has to end on its own when another one has failed
+HOME = "home"  # the order to end
+FAILED = "failed"  # where a process says why it stopped
+
+
+def rank() -> int:
+    """Of this process among those that train together now; 0 when it is alone."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes train together now."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def largest(number: int) -> int:
+    """Of the numbers of the processes that train together: the same in all of them, all of which have to
+    ask."""
+    if count() == 1:
+        return number
+    found = torch.tensor(number)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def agreed(flag: bool) -> bool:
+    """Whether any of the processes that train together says so; all of them have to ask."""
+    return bool(largest(int(flag)))
+
+
+def first_says(answer: str | None) -> str | None:
+    """What the first of the processes that train together has given here, in all of them."""
+    answers = [answer]
+    if count() > 1:
+        distributed.broadcast_object_list(answers, src=0)
+    return answers[0]
+
+
+@contextmanager
+def together(hardware: HardwareSettings, order: str) -> Iterator[None]:
+    """Inside, the processes that `hardware` asks for are a process group, of which this one is the first; the
+    others are given `order`. Those that nobody has started are started on this machine, and end afterwards.
+    With one process nothing happens.
+
+    Raises `UserError` when other processes were started than the recipe asks for, or when one of them
+    fails."""
+    started, size = world().size, hardware.processes
+    if started not in (1, size):
+        raise UserError(
+            f"hardware.devices x hardware.nodes is {hardware.devices} x {hardware.nodes}, but {started} "
+            "processes were started; start one per device, or set the two to what was started."
+        )
+    if size == 1:
+        yield
+    elif started == size:
+        with _group(meeting(), order, []):
+            yield
+    else:
+        _refuse_to_start(hardware)
+        server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        others = [_started(place, size, server.port) for place in range(1, size)]
+        store = _own(server)
+        try:
+            with _group(store, order, others, size):
+                yield
+            dismiss(store)
+            for other in others:
+                other.wait()
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
+def follow(obey: Callable[[str], None]) -> None:
+    """Does what the first process orders, as a member of its group, until it sends this one home or is gone.
+    Raises `UserError` when another process fails meanwhile."""
+    store, number = meeting(), 0
+    while True:
+        number += 1
+        try:
+            while not store.check([f"order {number}"]):
+                time.sleep(POLL)
+            order = store.get(f"order {number}").decode()
+        except distributed.DistNetworkError:  # the first process is gone, and has said why itself
+            return
+        if order == HOME:
+            return
+        with _shared_fate(store, []), _joined(store, number):
+            obey(order)
+
+
+def dismiss(store: distributed.Store | None = None) -> None:
+    """Sends the other processes home; those that were started with this one where no `store` is given."""
+    store = store or meeting()
+    store.set(f"order {store.add('orders', 1)}", HOME)
+
+
+@cache
+def meeting() -> distributed.Store:
+    """The store of the processes that were started together; the first one keeps it, or torchrun."""
+    from torch.distributed.rendezvous import rendezvous
+
+    here = world()
+    store, _, _ = next(rendezvous(meeting_place(), here.rank, here.size, timeout=PATIENCE))
+    return _own(store)
+
+
+def _own(store: distributed.Store) -> distributed.Store:
+    """A part of `store` that is this start's alone: torchrun restarts processes that meet where they met
+    before."""
+    return distributed.PrefixStore(f"cfssl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _refuse_to_start(hardware: HardwareSettings) -> None:
+    """Raises `UserError` where this machine alone cannot hold the processes."""
+    if hardware.nodes > 1:
+        raise UserError(
+            f"hardware.nodes is {hardware.nodes}, but this process was started alone; start one per device "
+            "with cfssl submit, srun or torchrun, or set hardware.nodes: 1."
+        )
+    if hardware.device.type == "cuda" and torch.cuda.device_count() < hardware.devices:
+        raise UserError(
+            f"hardware.devices is {hardware.devices}, but torch finds {torch.cuda.device_count()} GPUs here; "
+            "lower it."
+        )
+
+
+def _started(place: int, size: int, port: int) -> subprocess.Popen[bytes]:
+    """The process with rank `place`, which follows whoever keeps a store at `port` of this machine. It is a
+    command of its own, so that it does not matter what this process was started with."""
+    names = {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": size, "MASTER_PORT": port}
+    variables = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+    command = [sys.executable, "-m", "cfssl"]
+    return subprocess.Popen(command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+
+
+@contextmanager
+def _group(
+    store: distributed.Store, order: str, others: Sequence[subprocess.Popen[bytes]], size: int | None = None
+) -> Iterator[None]:
+    """The first process's side: the order is given, and everybody joins."""
+    number = store.add("orders", 1)
+    store.set(f"order {number}", order)
+    with _shared_fate(store, others), _joined(store, number, size):
+        yield
+
+
+@contextmanager
+def _joined(store: distributed.Store, number: int, size: int | None = None) -> Iterator[None]:
+    """Inside, the processes are the group of this number; `size` where this one has started the others."""
+    here = world()
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=distributed.PrefixStore(f"group {number}", store),
+        rank=here.rank,
+        world_size=size or here.size,
+        timeout=PATIENCE,
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _shared_fate(store: distributed.Store, others: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """A failure inside is told to the other processes, and one of theirs ends this one."""
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(store.clone(), others, over), daemon=True)
+    watch.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            _tell(store, error)
+            raise
+        raise UserError(_last_words(store)) from error
+    except BaseException as error:
+        _tell(store, error)
+        raise
+    finally:
+        over.set()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process; gloo's errors have no class of their own."""
+    signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"
+    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
+def _tell(store: distributed.Store, error: BaseException) -> None:
+    """Leaves a sentence for the others, unless one is there."""
+    with suppress(distributed.DistError):
+        words = str(error) or type(error).__name__
+        store.compare_set(FAILED, "", f"Process {world().rank} of {count()} stopped: {words}")
+
+
+def _last_words(store: distributed.Store) -> str:
+    """What the process that failed has said."""
+    with suppress(distributed.DistError):
+        for _ in range(10):  # it may be about to
+            if store.check([FAILED]):
+                return store.get(FAILED).decode()
+            time.sleep(POLL)
+    return (
+        "Another of the processes that train together is gone without a word, e.g. killed because memory was "
+        "short; see what it printed. The same command goes on from the last checkpoint."
+    )
+
+
+def _watch(
+    store: distributed.Store, others: Sequence[subprocess.Popen[bytes]], over: threading.Event
+) -> None:
+    """Ends this process when another one has failed and it does not notice: NCCL would wait for ever."""
+    while not over.wait(POLL):
+        try:
+            failed = store.check([FAILED])
+        except distributed.DistError:
+            failed = True
+        if (failed or any(other.poll() for other in others)) and not over.wait(GRACE):
+            print(f"cfssl: {_last_words(store)}", file=sys.stderr, flush=True)
+            os._exit(2)

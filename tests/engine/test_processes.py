@@ -1,0 +1,86 @@
+"""Several processes that train together do what one does, end together, and leave the same files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainings import STEPS, Images, trained
+
+from cfssl.engine.checkpoint import load_checkpoint
+from cfssl.engine.run import read_metrics
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return load_checkpoint(folder / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert trained(folder, 1, Images(parts=2)) == [0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained by two."""
+    folder = tmp_path_factory.mktemp("both")
+    assert trained(folder, 2, Images(parts=2)) == [0, 0]
+    return folder
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    first, second = state(found), state(expected)
+    for part in ("task", "optimizer"):
+        torch.testing.assert_close(first[part], second[part], rtol=1e-9, atol=1e-12)
+    assert first["step"] == second["step"] == STEPS
+
+
+def test_two_processes_train_as_one_does_with_batch_statistics_and_micro_batches(
+    alone: Path, both: Path
+) -> None:
+    assert_close(both, alone)
+    assert state(both)["task"]["steps_seen"] == STEPS
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (both, alone))
+    assert [line["step"] for line in lines] == [4, 9, 11]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_another_number_of_processes_goes_on_where_one_stopped(
+    tmp_path: Path, both: Path, alone: Path, before: int, after: int
+) -> None:
+    assert trained(tmp_path, before, Images(parts=2), stop_at=7) == [0] * before
+    assert state(tmp_path)["step"] == 7
+    assert trained(tmp_path, after, Images(parts=2)) == [0] * after
+    assert_close(tmp_path, alone)
+    if before == after:
+        found, expected = (state(folder)["task"] for folder in (tmp_path, both))
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 9, 11]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_an_error_in_one_process_ends_all_and_is_named(tmp_path: Path, fails: int) -> None:
+    assert trained(tmp_path, 2, Images(fails=fails)) == [3, 3]
+    assert (tmp_path / f"{fails}.txt").read_text() == "ValueError: no image 5"
+    words = (tmp_path / f"{1 - fails}.txt").read_text()
+    assert words == f"UserError: Process {fails} of 2 stopped: no image 5"
+    assert state(tmp_path)["step"] == 4
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    assert trained(tmp_path, 2, Images(fails=1, killed=True)) == [3, -9]
+    assert "gone without a word" in (tmp_path / "0.txt").read_text()
+    assert trained(tmp_path, 2) == [0, 0]
+    assert trained(tmp_path / "whole", 2) == [0, 0]
+    found, expected = (state(folder)["task"] for folder in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    assert trained(tmp_path, 2, Images(signalled=1)) == [3, 3]
+    assert [(tmp_path / f"{place}.txt").read_text() for place in (0, 1)] == ["Interrupted: SIGUSR2"] * 2
+    assert state(tmp_path)["step"] == 5
