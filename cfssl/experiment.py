@@ -248,12 +248,7 @@ def training_problems(recipe: Recipe) -> list[str]:
             f"each other, {recipe.train.batch // accumulate} instead of the {recipe.train.batch} of "
             "train.batch; set train.accumulate: 1 and choose train.batch to fit the memory"
         )
-    parts, batch = recipe.train.accumulate * recipe.hardware.processes, recipe.train.batch
-    if recipe.hardware.processes > 1 and batch % parts:
-        found.append(
-            f"train.batch ({batch}) is not a multiple of train.accumulate x hardware.devices x "
-            f"hardware.nodes ({parts}), so that the processes cannot share it"
-        )
+    found += process_problems(recipe)
     if recipe.init is not None and recipe.init.head_warmup >= recipe.train.epochs:
         found.append(
             f"init.head_warmup is {recipe.init.head_warmup} and train.epochs {recipe.train.epochs}, so that "
@@ -264,4 +259,27 @@ def training_problems(recipe: Recipe) -> list[str]:
             found.append(
                 f"{path}.batch ({train.batch}) is not a multiple of {path}.accumulate ({train.accumulate})"
             )
+    return found
+
+
+def process_problems(recipe: Recipe) -> list[str]:
+    """Of several processes that train together."""
+    found, hardware = [], recipe.hardware
+    parts, batch = recipe.train.accumulate * hardware.processes, recipe.train.batch
+    if hardware.processes > 1 and batch % parts:
+        found.append(
+            f"train.batch ({batch}) is not a multiple of train.accumulate x hardware.devices x "
+            f"hardware.nodes ({parts}), so that the processes cannot share it"
+        )
+    if hardware.strategy == "fsdp":
+        if hardware.processes == 1:
+            found.append(
+                "hardware.strategy is fsdp, but there is one process; raise hardware.devices or nodes"
+            )
+        if hardware.precision == "16-mixed":
+            found.append("hardware.strategy fsdp knows no loss scale; set hardware.precision: bf16-mixed")
+        if recipe.monitor is not None:
+            found.append("hardware.strategy fsdp leaves no process with a whole encoder; set monitor: null")
+        if recipe.init is not None and recipe.init.head_warmup:
+            found.append("hardware.strategy fsdp cannot hold a part of the weights; set init.head_warmup: 0")
     return found

@@ -22,6 +22,7 @@ TRAINING_CODE = (
     "engine/norms.py",
     "engine/precision.py",
     "engine/schedules.py",
+    "engine/shards.py",
 )
 TABLE_CODE = (
     "seeds.py",

@@ -254,8 +254,10 @@ OTHERS: dict[str, Any] = {
     "evaluate.0.decoder.widths": [8, 8, 8, 8, 8],
     "evaluate.0.decoder.norm": "instance",
     "hardware.precision": "bf16-mixed",
+    "hardware.strategy": "fsdp",
 }
 ALONG = {  # what has to change with it
+    "hardware.strategy": {"hardware.devices": 2, "monitor": None},
     "generator.parents": {"finetune": None},
     "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},
@@ -288,7 +290,7 @@ TOGETHER = {
     "init",
 }  # or none of them
 # These move no result; each acts in its own way, see the tests that follow.
-HARDWARE = "accelerator", "devices", "nodes", "workers", "threads"
+HARDWARE = "accelerator", "devices", "nodes", "strategy", "workers", "threads"
 WITHOUT_A_KEY = {"name", "track", *(f"hardware.{key}" for key in HARDWARE)} | {
     f"monitor{key}" for key in ("", ".every", ".target", ".rows", ".stop_on_collapse")
 }

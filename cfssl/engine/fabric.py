@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import ClusterEnvironment
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
 from cfssl.engine.precision import create_precision
 from cfssl.engine.processes import count, rank
 from cfssl.engine.run import HardwareSettings
+from cfssl.engine.shards import sharded
 from cfssl.engine.world import world
 
 
@@ -59,7 +60,9 @@ def create_fabric(hardware: HardwareSettings) -> Fabric:
     if hardware.device.type == "cuda":
         # Where a task of SLURM sees its own GPU alone, that is number 0.
         options = {"accelerator": "cuda", "devices": [world().local_rank % torch.cuda.device_count()]}
-    if count() > 1:
+    if count() > 1 and hardware.strategy == "fsdp":
+        options["strategy"] = ModelParallelStrategy(sharded)
+    elif count() > 1:
         # Buffers are the same everywhere but while a step is under way. Parameters that nothing depends on,
         # as while a backbone is held, have no gradient.
         options["strategy"] = DDPStrategy(broadcast_buffers=False, find_unused_parameters=True)

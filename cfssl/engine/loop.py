@@ -29,10 +29,11 @@ from cfssl.engine.guard import GradientGuard
 from cfssl.engine.interruption import Interrupted, ignore_signals
 from cfssl.engine.meter import Meter
 from cfssl.engine.norms import pool_statistics
-from cfssl.engine.processes import count, first_says, largest, rank
+from cfssl.engine.processes import agreed, count, first_says, largest, rank
 from cfssl.engine.progress import ProgressBar
 from cfssl.engine.run import Run, torch_threads
 from cfssl.engine.schedules import cosine, warmup_cosine
+from cfssl.engine.shards import own_part, part_like, whole
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
 from cfssl.settings import STRICT, AboveOne, BelowOne, Count, NonNegative, Positive, Probability
@@ -135,14 +136,15 @@ def fit(
     pool_statistics(task, hardware.device)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # of the loss, under 16-mixed
     warmup = round(settings.warmup * steps)
-    optimizer = torch.optim.AdamW(
+    model = fabric.setup_module(task)  # before the optimiser, which has to know the parts of sharded weights
+    optimizer: Any = torch.optim.AdamW(
         weight_decay_groups(task, settings.weight_decay),
         lr=settings.lr,
         betas=settings.betas,
         # Reads and writes every parameter once, on CPU and GPU alike, but keeps scaled gradients to itself.
         fused=scaler is None,
     )
-    model, optimizer = fabric.setup(task, optimizer)
+    optimizer = fabric.setup_optimizers(optimizer)
     guarded = settings.clip is not None or settings.skip_factor is not None
     clip = math.inf if settings.clip is None else settings.clip
     guard, meter = GradientGuard(settings.skip_factor), Meter()
@@ -151,27 +153,31 @@ def fit(
         return {
             "step": step,
             "schedule": schedule(settings, steps),
-            "task": task.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "task": whole(task.state_dict()),
+            "optimizer": whole(optimizer.state_dict()),
             "precision": fabric.strategy.precision.state_dict(),
             "guard": guard.state_dict(),
             "meter": meter.state_dict(),
         }
 
+    def write(step: int) -> None:
+        found = snapshot(step)
+        if is_first:
+            save_checkpoint(run.checkpoint_path, found)
+
     def save(step: int) -> None:
         """When `step` steps are done."""
         meter.pool()
-        if not (meter.is_finite and all_finite(task)):
+        if not meter.is_finite or agreed(not all_finite(task)):
             raise UserError(
                 f"{label}: loss or weights are not finite after step {step - 1}; {run.checkpoint_path} keeps "
                 f"an earlier step. Lower the learning rate ({settings.lr:.3g})."
             )
-        if is_first:
-            save_checkpoint(run.checkpoint_path, snapshot(step))
+        write(step)
 
-    if is_first and not run.checkpoint_path.exists():
+    if not agreed(is_first and run.checkpoint_path.exists()):
         # A run that cannot write or read its checkpoints must not find out after hours.
-        save_checkpoint(run.checkpoint_path, snapshot(0))
+        write(0)
     first_says(None)  # when it is there
     state = load_checkpoint(run.checkpoint_path)
     step = state["step"]
@@ -218,6 +224,7 @@ def fit(
                 # Clips in place; takes the loss scale out of the gradients first.
                 norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
                 assert norm is not None
+                norm = whole(norm)
                 taken = guard.allows(float(norm))
                 found = [{**parts, "gradient_norm": norm} for parts in found]
             if taken:
@@ -286,18 +293,21 @@ def weight_decay_groups(task: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def lay_out_alike(optimizer: Any) -> None:
-    """Gives restored moments the memory layout of their parameter. Files keep the plain one, and the fused
-    kernel, which goes through the memory of both side by side, would pair the moments of a kernel with its
-    channels last with the wrong weights."""
+    """Gives restored moments the memory layout of their parameter, and this process's part of it. Files keep
+    the plain layout, and the fused kernel, which goes through the memory of both side by side, would pair the
+    moments of a kernel with its channels last with the wrong weights."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                part = part_like(value, parameter)
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
 
 
 def restore(task: nn.Module, state: dict[str, torch.Tensor], run: Run) -> None:
     """Loads `state`; every key must match."""
-    missing, unexpected = task.load_state_dict(state, strict=False)
+    own = task.state_dict()
+    parts = {name: part_like(value, own.get(name, value)) for name, value in state.items()}
+    missing, unexpected = task.load_state_dict(parts, strict=False)
     if missing or unexpected:
         raise UserError(
             f"The checkpoint {run.checkpoint_path} belongs to another model ({len(missing)} keys missing, "
@@ -326,8 +336,8 @@ def refuse_other_schedule(found: dict[str, Any], expected: dict[str, Any], run: 
 
 
 def all_finite(task: nn.Module) -> bool:
-    """Whether every weight is a finite number; one synchronisation."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in task.parameters()]).all())
+    """Whether every weight that this process holds is a finite number; one synchronisation."""
+    return bool(torch.stack([own_part(parameter).isfinite().all() for parameter in task.parameters()]).all())
 
 
 def loader(data: StepData, steps: range, workers: int) -> Iterable[list[Any]]:

@@ -22,13 +22,15 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 @settings(frozen=True, config=STRICT)
 class HardwareSettings:
     """`accelerator`: "auto" takes a GPU where there is one. `devices` of each of `nodes` machines pre-train
-    together, with a process each (on a CPU: as many processes). `precision` as Lightning Fabric names it;
-    `workers`: data loading processes of each, 0 loads in the main one; `threads` of torch, None for its own
-    choice."""
+    together, with a process each (on a CPU: as many processes). `strategy`: with ddp each of them holds the
+    whole model, with fsdp a part of every weight, for models that outgrow a device. `precision` as Lightning
+    Fabric names it; `workers`: data loading processes of each, 0 loads in the main one; `threads` of torch,
+    None for its own choice."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Count = 1
     nodes: Count = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Precision = "32-true"
     workers: Annotated[int, Field(ge=0)] = 0
     threads: Count | None = None

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfssl.engine.interruption import Interrupted, Interruption
 from cfssl.errors import UserError
 from cfssl.launch.steps import steps
-from cfssl.pipeline import Pipeline
+from cfssl.pipeline import Pipeline, lead
 from cfssl.provenance import git_state
 from cfssl.recipe import load_recipe
 
@@ -47,7 +48,7 @@ class StepJob:
         export_rendezvous()
         try:
             with interruption.listening():
-                self.make(interruption)
+                lead(partial(self.make, interruption), interruption)
         except Interrupted as stop:
             print(f"cfssl: {self.step} is saved ({stop}).", file=sys.stderr, flush=True)
             if stop.number == REQUEUE and callable(handler):
