@@ -27,7 +27,7 @@ from cfssl.data.views import ViewData
 from cfssl.engine.checkpoint import load_checkpoint, save_checkpoint
 from cfssl.engine.interruption import Interruption
 from cfssl.engine.loop import fit
-from cfssl.engine.processes import dismiss, follow, together
+from cfssl.engine.processes import dismiss, follow, meeting, together
 from cfssl.engine.run import Run, torch_threads
 from cfssl.engine.world import world
 from cfssl.errors import UserError
@@ -296,11 +296,13 @@ class Pipeline:
 def lead(work: Callable[[], None], interruption: Interruption) -> None:
     """Does `work` in the first of the processes that were started together; the others train along, whenever
     it trains an encoder, until it is done."""
-    if world().rank:
-        follow(partial(Pipeline.train_along, interruption=interruption))
-        return
-    try:
+    if world().size == 1:
         work()
-    finally:
-        if world().size > 1:
+    elif world().rank:
+        follow(partial(Pipeline.train_along, interruption=interruption))
+    else:
+        meeting()  # before hours of other stages
+        try:
+            work()
+        finally:
             dismiss()

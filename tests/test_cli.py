@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from cfssl.cli import main
+from cfssl.engine.checkpoint import load_checkpoint
 from cfssl.files import write_text
 
 TINY = """
@@ -342,3 +345,33 @@ def test_an_interruption_is_one_sentence_and_a_code_that_names_the_signal(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr == f"cfssl: interrupted ({name}); the same command goes on where it stopped.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]])
+def test_processes_that_cfssl_or_torchrun_starts_train_the_encoder_of_one(
+    recipe: Path, tmp_path: Path, starter: list[str]
+) -> None:
+    assert cfssl(tmp_path, "pretrain", str(recipe), "--quiet").returncode == 0
+    product = next(tmp_path.glob("runs/stages/encoder-*/objective.safetensors"))
+    (alone := tmp_path / "alone.safetensors").write_bytes(product.read_bytes())
+    shutil.rmtree(product.parent)
+    done = subprocess.run(
+        [sys.executable, *starter, "-m", "cfssl", "pretrain", str(recipe), "--quiet", "hardware.devices=2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(product.parent.relative_to(tmp_path))
+    assert {path.name for path in product.parent.iterdir()} == {
+        "done.json",
+        "metrics.jsonl",
+        "objective.safetensors",
+        "views.png",
+    }
+    found, expected = load_checkpoint(product), load_checkpoint(alone)
+    for name in ("student.conv1.weight", "student.bn1.running_mean"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)

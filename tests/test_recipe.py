@@ -73,6 +73,23 @@ evaluate: [{name: linear_prob, target: disease}]
         ("train.accumulate=3", "train.batch (256) is not a multiple of train.accumulate (3)"),
         ("train.accumulate=4", "train.accumulate is 4, but objective simclr compares"),
         (
+            "hardware.devices=3",
+            "train.batch (256) is not a multiple of train.accumulate x hardware",
+        ),
+        ("hardware.strategy=fsdp", "hardware.strategy is fsdp, but there is one process"),
+        (
+            "hardware={devices: 2, strategy: fsdp, precision: 16-mixed}",
+            "hardware.strategy fsdp knows no loss scale; set hardware.precision: bf16-mixed",
+        ),
+        (
+            "hardware={devices: 2, strategy: fsdp}\nmonitor={}",
+            "hardware.strategy fsdp leaves no process with a whole encoder; set monitor: null",
+        ),
+        (
+            "hardware={devices: 2, strategy: fsdp}\ninit={backbone: timm, head_warmup: 1}",
+            "hardware.strategy fsdp cannot hold a part of the weights; set init.head_warmup: 0",
+        ),
+        (
             "objective={name: dinov2, centring: sinkhorn, koleo_weight: 0.0}\ntrain.accumulate=4",
             "train.accumulate is 4, but objective dinov2 with centring sinkhorn compares",
         ),

@@ -34,7 +34,7 @@ def pooled_forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """What `norm` makes of `x` (N, C, ...), of which every process has a part."""
     from timm.layers import BatchNormAct2d
 
-    if not norm.training:
+    if not norm.training or count() == 1:
         return type(norm).forward(norm, x)
     y = normalised(norm, x)
     return norm.act(norm.drop(y)) if isinstance(norm, BatchNormAct2d) else y
@@ -46,7 +46,7 @@ def normalised(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     if norm.running_mean is not None and norm.running_var is not None:
         assert norm.num_batches_tracked is not None
         with torch.no_grad():
-            norm.num_batches_tracked += 1
+            norm.num_batches_tracked.add_(1)
             share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
             norm.running_var.lerp_((var * total / (total - 1)).to(norm.running_var.dtype), share)

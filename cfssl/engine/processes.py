@@ -28,10 +28,12 @@ from cfssl.errors import UserError
 
 # The others wait while the first process makes stages, looks at the encoder or writes.
 PATIENCE = timedelta(days=30)
+START = timedelta(minutes=30)  # within which all of them have to be there
 POLL = 0.2  # seconds between two looks into the store
 GRACE = 20.0  # seconds that a process has to end on its own when another one has failed
 HOME = "home"  # the order to end
 FAILED = "failed"  # where a process says why it stopped
+STDERR = 2  # the descriptor: what the others print is no result
 
 
 def rank() -> int:
@@ -84,17 +86,18 @@ def together(hardware: HardwareSettings, order: str) -> Iterator[None]:
     if size == 1:
         yield
     elif started == size:
-        with _group(meeting(), order, []):
+        store = meeting()
+        with _group(store, _given(store, order), size, []):
             yield
     else:
         _refuse_to_start(hardware)
         server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        others = [_started(place, size, server.port) for place in range(1, size)]
         store = _own(server)
+        others = [_started(place, size, server.port) for place in range(1, size)]
         try:
-            with _group(store, order, others, size):
+            with _group(store, _given(store, order), size, others):
                 yield
-            dismiss(store)
+            _given(store, HOME)
             for other in others:
                 other.wait()
         finally:
@@ -113,27 +116,27 @@ def follow(obey: Callable[[str], None]) -> None:
             while not store.check([f"order {number}"]):
                 time.sleep(POLL)
             order = store.get(f"order {number}").decode()
-        except distributed.DistNetworkError:  # the first process is gone, and has said why itself
+        except distributed.DistError:  # the first process is gone, and has said why itself
             return
         if order == HOME:
             return
-        with _shared_fate(store, []), _joined(store, number):
+        with _group(store, number, world().size, []):
             obey(order)
 
 
-def dismiss(store: distributed.Store | None = None) -> None:
-    """Sends the other processes home; those that were started with this one where no `store` is given."""
-    store = store or meeting()
-    store.set(f"order {store.add('orders', 1)}", HOME)
+def dismiss() -> None:
+    """Sends the processes that were started with this one home."""
+    _given(meeting(), HOME)
 
 
 @cache
 def meeting() -> distributed.Store:
-    """The store of the processes that were started together; the first one keeps it, or torchrun."""
+    """The store of the processes that were started together, all of which have to come; the first one keeps
+    it, or torchrun."""
     from torch.distributed.rendezvous import rendezvous
 
     here = world()
-    store, _, _ = next(rendezvous(meeting_place(), here.rank, here.size, timeout=PATIENCE))
+    store, _, _ = next(rendezvous(meeting_place(), here.rank, here.size, timeout=START))
     return _own(store)
 
 
@@ -141,6 +144,13 @@ def _own(store: distributed.Store) -> distributed.Store:
     """A part of `store` that is this start's alone: torchrun restarts processes that meet where they met
     before."""
     return distributed.PrefixStore(f"cfssl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _given(store: distributed.Store, order: str) -> int:
+    """The number of the order, which the others find."""
+    number = store.add("orders", 1)
+    store.set(f"order {number}", order)
+    return number
 
 
 def _refuse_to_start(hardware: HardwareSettings) -> None:
@@ -163,68 +173,50 @@ def _started(place: int, size: int, port: int) -> subprocess.Popen[bytes]:
     names = {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": size, "MASTER_PORT": port}
     variables = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     command = [sys.executable, "-m", "cfssl"]
-    return subprocess.Popen(command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    return subprocess.Popen(command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=STDERR)
 
 
 @contextmanager
 def _group(
-    store: distributed.Store, order: str, others: Sequence[subprocess.Popen[bytes]], size: int | None = None
+    store: distributed.Store, number: int, size: int, others: Sequence[subprocess.Popen[bytes]]
 ) -> Iterator[None]:
-    """The first process's side: the order is given, and everybody joins."""
-    number = store.add("orders", 1)
-    store.set(f"order {number}", order)
-    with _shared_fate(store, others), _joined(store, number, size):
-        yield
-
-
-@contextmanager
-def _joined(store: distributed.Store, number: int, size: int | None = None) -> Iterator[None]:
-    """Inside, the processes are the group of this number; `size` where this one has started the others."""
-    here = world()
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore(f"group {number}", store),
-        rank=here.rank,
-        world_size=size or here.size,
-        timeout=PATIENCE,
-    )
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-@contextmanager
-def _shared_fate(store: distributed.Store, others: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """A failure inside is told to the other processes, and one of theirs ends this one."""
+    """Inside, `size` processes are the group that obeys the order `number`. A failure inside is told to the
+    others, and one of theirs ends this one. `others`: those that this one has started."""
+    here, own = world(), distributed.PrefixStore(f"group {number}", store)
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(store.clone(), others, over), daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=(own.clone(), others, over), daemon=True).start()
     try:
-        yield
-    except RuntimeError as error:
-        if not _is_lost_connection(error):
-            _tell(store, error)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=own,
+            rank=here.rank,
+            world_size=size,
+            timeout=PATIENCE,
+        )
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and _is_lost_connection(error):
+                raise UserError(_last_words(own)) from error
+            _tell(own, error)
             raise
-        raise UserError(_last_words(store)) from error
-    except BaseException as error:
-        _tell(store, error)
-        raise
+        finally:
+            distributed.destroy_process_group()
     finally:
+        _leave(own, 0 if here.rank else size)
         over.set()
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because of another process; gloo's errors have no class of their own."""
-    signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"
-    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in ("gloo", "NCCL"))
 
 
 def _tell(store: distributed.Store, error: BaseException) -> None:
     """Leaves a sentence for the others, unless one is there."""
     with suppress(distributed.DistError):
         words = str(error) or type(error).__name__
-        store.compare_set(FAILED, "", f"Process {world().rank} of {count()} stopped: {words}")
+        store.compare_set(FAILED, "", f"Process {rank()} of {count()} stopped: {words}")
 
 
 def _last_words(store: distributed.Store) -> str:
@@ -238,6 +230,16 @@ def _last_words(store: distributed.Store) -> str:
         "Another of the processes that train together is gone without a word, e.g. killed because memory was "
         "short; see what it printed. The same command goes on from the last checkpoint."
     )
+
+
+def _leave(store: distributed.Store, size: int) -> None:
+    """Notes that this process has left its group. Where one has failed, the first, which may keep the store,
+    stays until all `size` have read why, or as long as one may take for it."""
+    with suppress(distributed.DistError):
+        left, patience = store.add("left", 1), time.monotonic() + GRACE / 4
+        while store.check([FAILED]) and left < size and time.monotonic() < patience:
+            time.sleep(POLL)
+            left = store.add("left", 0)
 
 
 def _watch(

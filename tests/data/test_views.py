@@ -773,6 +773,26 @@ def test_micro_batches_are_the_same_views_cut_in_four() -> None:
     assert torch.equal(torch.cat([part.slot for part in parts]), whole.slot)
 
 
+def test_processes_share_the_same_views_in_equal_parts_of_every_micro_batch() -> None:
+    settings = replace(
+        SETTINGS,
+        local=LOCAL,
+        intensity=IntensityPlan(probability=0.5),
+        second_photometric=PhotometricSettings(noise=0.3, noise_probability=1.0),
+    )
+    data = ViewData(NoiseSource(), settings, batch=24, epochs=1, seed=0, accumulate=2)
+    for place, whole in enumerate(data[3]):
+        shares = [data.share(rank, 3)[3][place] for rank in range(3)]
+        assert [share.position for share in shares] == [
+            tuple(range(12 * place + 4 * rank, 12 * place + 4 * rank + 4)) for rank in range(3)
+        ]
+        for found, expected in ((shares, whole), ([share.local for share in shares], whole.local)):
+            joined = [torch.cat(parts) for parts in zip(*map(tensors, found), strict=True)]
+            assert all(map(torch.equal, joined, tensors(expected)))
+    with pytest.raises(UserError, match=r"train.batch \(24\) must be a multiple of .* \(10\)"):
+        data.share(0, 5)
+
+
 @pytest.mark.parametrize(("size", "expected"), [(24, (24, 24)), (None, (48, 32))])
 def test_views_of_a_tall_image_are_square_at_a_stated_size_and_else_as_stored(
     size: int | None, expected: tuple[int, int]

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import STEPS, Images, trained
+from trainings import STEPS, Blocks, Images, trained
 
 from cfssl.engine.checkpoint import load_checkpoint
-from cfssl.engine.run import read_metrics
+from cfssl.engine.processes import agreed, count, first_says, largest, rank, together
+from cfssl.engine.run import HardwareSettings, read_metrics
+from cfssl.engine.world import World, meeting_place, world
+from cfssl.errors import UserError
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -84,3 +87,59 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
     assert trained(tmp_path, 2, Images(signalled=1)) == [3, 3]
     assert [(tmp_path / f"{place}.txt").read_text() for place in (0, 1)] == ["Interrupted: SIGUSR2"] * 2
     assert state(tmp_path)["step"] == 5
+
+
+def test_sharded_weights_are_trained_as_whole_ones_and_go_on_either_way(tmp_path: Path) -> None:
+    assert trained(tmp_path / "whole", 1, task=Blocks) == [0]
+    assert trained(tmp_path / "sharded", 2, strategy="fsdp", task=Blocks) == [0, 0]
+    assert trained(tmp_path / "resumed", 1, task=Blocks, stop_at=6) == [0]
+    assert trained(tmp_path / "resumed", 2, strategy="fsdp", task=Blocks, stop_at=9) == [0, 0]
+    assert trained(tmp_path / "resumed", 2, strategy="ddp", task=Blocks) == [0, 0]
+    expected = state(tmp_path / "whole")
+    for name in ("sharded", "resumed"):
+        found = state(tmp_path / name)
+        for part in ("task", "optimizer"):
+            torch.testing.assert_close(found[part], expected[part], rtol=1e-3, atol=1e-5)
+
+
+def test_alone_nothing_is_agreed_with_anybody() -> None:
+    assert (rank(), count(), largest(7), agreed(True), first_says("yes")) == (0, 1, 7, True, "yes")
+    with together(HardwareSettings(accelerator="cpu"), "train"):
+        assert count() == 1
+
+
+@pytest.mark.parametrize(
+    ("started", "hardware", "expected"),
+    [
+        ("1", {"nodes": 2}, "hardware.nodes is 2, but this process was started alone"),
+        ("3", {"devices": 2}, "is 2 x 1, but 3 processes were started"),
+        ("2", {}, "is 1 x 1, but 2 processes were started"),
+    ],
+)
+def test_other_processes_than_the_recipe_asks_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, started: str, hardware: dict[str, int], expected: str
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", started)
+    settings = HardwareSettings(accelerator="cpu", **hardware)
+    with pytest.raises(UserError, match=expected), together(settings, "train"):
+        raise AssertionError("it has begun")
+
+
+def test_a_process_knows_its_place_from_torchrun_or_a_step_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # of a batch script, which is one process
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert world() == World(0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert world() == World(3, 4, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert world() == World(2, 8, 0)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-node.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.3")
+    assert meeting_place() == "tcp://127.0.0.3:29500"

@@ -20,6 +20,7 @@ from cfssl.engine.interruption import Interruption
 from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.processes import dismiss, follow, rank, together
 from cfssl.engine.run import HardwareSettings, Run
+from cfssl.objectives.teacher import Teacher
 from cfssl.seeds import torch_generator
 
 STEPS = 12
@@ -80,21 +81,62 @@ class Images:
         return [part.chunk(size)[place] for part in images.chunk(self.parts)]
 
 
+class Blocks(nn.Module):
+    """A network with blocks as vision transformers have them, and a teacher of it that follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.student = Tower()
+        self.teacher = Teacher({"tower": Tower()}, {"tower": self.student})
+
+    def forward(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        images = batch.float().flatten(1)
+        with torch.no_grad():
+            target = self.teacher["tower"](images)
+        found = self.student(images.flip(1))
+        return {"loss": (found - target - images[:, :1]).square().mean()}
+
+    def after_step(self, step: int) -> None:
+        self.teacher.follow({"tower": self.student}, 0.9)
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(36, 9)  # not a multiple of the processes
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(9, 9), nn.GELU()) for _ in range(3)))
+        self.last = nn.Linear(9, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.blocks(self.first(x)))
+
+
 def train(
-    folder: Path, hardware: HardwareSettings, interruption: Interruption, data: Images, **case: Any
+    folder: Path,
+    hardware: HardwareSettings,
+    interruption: Interruption,
+    data: Images,
+    task: type[nn.Module] = Normed,
+    **case: Any,
 ) -> None:
     """One process's part."""
     settings = TrainSettings(lr=1e-2, log_every=5, checkpoint_every=4, accumulate=data.parts, clip=1.0)
     run = Run(folder, hardware, quiet=True, interruption=interruption, **case)
-    fit(Normed(), data, settings, run, "test")
+    fit(task(), data, settings, run, "test")
 
 
-def member(place: int, size: int, port: int, folder: Path, data: Images, case: dict[str, Any]) -> None:
+def member(
+    place: int, size: int, port: int, folder: Path, data: Images, strategy: str, case: dict[str, Any]
+) -> None:
     """A process with the variables of torchrun, whose exit code says how it ended."""
     names = {"RANK": place, "WORLD_SIZE": size, "LOCAL_RANK": place, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    hardware, words = HardwareSettings(accelerator="cpu", devices=size, threads=1), folder / f"{place}.txt"
+    options: dict[str, Any] = {"devices": size, "strategy": strategy, "threads": 1}
+    hardware = HardwareSettings(accelerator="cpu", **options)
+    words = folder / f"{place}.txt"
     try:
         with Interruption().listening() as interruption:
             if place:
@@ -113,7 +155,9 @@ def member(place: int, size: int, port: int, folder: Path, data: Images, case: d
         raise SystemExit(3) from None
 
 
-def trained(folder: Path, size: int, data: Images = Images(), **case: Any) -> list[int | None]:
+def trained(
+    folder: Path, size: int, data: Images = Images(), strategy: str = "ddp", **case: Any
+) -> list[int | None]:
     """The exit codes of `size` processes that train together in `folder`."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -122,7 +166,8 @@ def trained(folder: Path, size: int, data: Images = Images(), **case: Any) -> li
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = [
-        context.Process(target=member, args=(place, size, port, folder, data, case)) for place in range(size)
+        context.Process(target=member, args=(place, size, port, folder, data, strategy, case))
+        for place in range(size)
     ]
     for process in running:
         process.start()
