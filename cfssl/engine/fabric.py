@@ -1,12 +1,15 @@
 """Lightning Fabric as the loop needs it: on the device of this process, alone or with those that train
 together."""
 
+import warnings
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import ClusterEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cfssl.engine.precision import create_precision
 from cfssl.engine.processes import count, rank
@@ -54,6 +57,19 @@ class Member(ClusterEnvironment):
         return rank()
 
 
+class Whole(DDPStrategy):
+    """Every process holds the whole model. Buffers are the same everywhere but while a step is under way, and
+    not sent around. Parameters that nothing depends on, as while a backbone is held, have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(broadcast_buffers=False, find_unused_parameters=True)
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        with warnings.catch_warnings():  # the new name of this option is unknown to older versions
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            return super().setup_module(module)
+
+
 def create_fabric(hardware: HardwareSettings) -> Fabric:
     """Launched."""
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
@@ -63,9 +79,7 @@ def create_fabric(hardware: HardwareSettings) -> Fabric:
     if count() > 1 and hardware.strategy == "fsdp":
         options["strategy"] = ModelParallelStrategy(sharded)
     elif count() > 1:
-        # Buffers are the same everywhere but while a step is under way. Parameters that nothing depends on,
-        # as while a backbone is held, have no gradient.
-        options["strategy"] = DDPStrategy(broadcast_buffers=False, find_unused_parameters=True)
+        options["strategy"] = Whole()
     fabric = Fabric(num_nodes=count(), plugins=[create_precision(hardware), Member()], **options)
     fabric.launch()
     return fabric

@@ -119,14 +119,18 @@ def follow(obey: Callable[[str], None]) -> None:
         except distributed.DistError:  # the first process is gone, and has said why itself
             return
         if order == HOME:
+            _count_off(store, "gone", 0)
             return
         with _group(store, number, world().size, []):
             obey(order)
 
 
 def dismiss() -> None:
-    """Sends the processes that were started with this one home."""
-    _given(meeting(), HOME)
+    """Sends the processes that were started with this one home, and sees them off: this one may keep the
+    store."""
+    store = meeting()
+    _given(store, HOME)
+    _count_off(store, "gone", world().size)
 
 
 @cache
@@ -183,7 +187,7 @@ def _group(
     """Inside, `size` processes are the group that obeys the order `number`. A failure inside is told to the
     others, and one of theirs ends this one. `others`: those that this one has started."""
     here, own = world(), distributed.PrefixStore(f"group {number}", store)
-    over = threading.Event()
+    over, has_told = threading.Event(), False
     threading.Thread(target=_watch, args=(own.clone(), others, over), daemon=True).start()
     try:
         distributed.init_process_group(
@@ -199,11 +203,13 @@ def _group(
             if isinstance(error, RuntimeError) and _is_lost_connection(error):
                 raise UserError(_last_words(own)) from error
             _tell(own, error)
+            has_told = True
             raise
         finally:
             distributed.destroy_process_group()
     finally:
-        _leave(own, 0 if here.rank else size)
+        # Where the first process has failed, it stays until the others have read why: it may keep the store.
+        _count_off(own, "left", size if has_told and here.rank == 0 else 0)
         over.set()
 
 
@@ -232,14 +238,21 @@ def _last_words(store: distributed.Store) -> str:
     )
 
 
-def _leave(store: distributed.Store, size: int) -> None:
-    """Notes that this process has left its group. Where one has failed, the first, which may keep the store,
-    stays until all `size` have read why, or as long as one may take for it."""
+def _count_off(store: distributed.Store, name: str, size: int) -> None:
+    """Notes that this process has come so far, and waits a moment for the others, until there are `size`."""
     with suppress(distributed.DistError):
-        left, patience = store.add("left", 1), time.monotonic() + GRACE / 4
-        while store.check([FAILED]) and left < size and time.monotonic() < patience:
+        found, patience = store.add(name, 1), time.monotonic() + GRACE
+        while found < size and time.monotonic() < patience:
             time.sleep(POLL)
-            left = store.add("left", 0)
+            found = store.add(name, 0)
+
+
+def _has_failed(store: distributed.Store) -> bool:
+    """Whether a process of the group has said so, or is gone with the store."""
+    try:
+        return store.check([FAILED])
+    except distributed.DistError:
+        return True
 
 
 def _watch(
@@ -247,10 +260,7 @@ def _watch(
 ) -> None:
     """Ends this process when another one has failed and it does not notice: NCCL would wait for ever."""
     while not over.wait(POLL):
-        try:
-            failed = store.check([FAILED])
-        except distributed.DistError:
-            failed = True
-        if (failed or any(other.poll() for other in others)) and not over.wait(GRACE):
+        failed = _has_failed(store) or any(other.poll() for other in others)
+        if failed and not over.wait(GRACE):
             print(f"cfssl: {_last_words(store)}", file=sys.stderr, flush=True)
             os._exit(2)

@@ -128,11 +128,12 @@ def one_step(settings: ObjectiveSettings, batch: ViewBatch) -> dict[str, torch.T
         for parameter in task.parameters()
     ]
     task.after_step(3)
-    buffers = [buffer.double().flatten() for buffer in task.buffers()] or [torch.zeros(0)]
+    saved = task.state_dict()  # lightly has other buffers, which it leaves uninitialised
+    buffers = [buffer.double().flatten() for name, buffer in task.named_buffers() if name in saved]
     return {
         "loss": loss.detach(),
         "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
-        "buffers": torch.cat(buffers),
+        "buffers": torch.cat([*buffers, torch.zeros(0)]),
     }
 
 

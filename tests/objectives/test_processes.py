@@ -1,4 +1,5 @@
-"""Two processes find what one finds: losses, gradients, targets and centres."""
+"""Two processes find what one finds: losses, gradients, targets and centres, and of every objective also its
+batch statistics, centres, queues and teacher's buffers."""
 
 import subprocess
 import sys
