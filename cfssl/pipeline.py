@@ -189,6 +189,7 @@ class Pipeline:
                 assert record is not None
                 write_json(folder / "init.json", record)
                 print(described(record), file=sys.stderr)
+            self.view_data()  # makes what the others have to find
             with together(self.recipe.hardware, self.order()):
                 self.train(run)
             save_checkpoint(stage.product, load_checkpoint(run.checkpoint_path, ["task"])["task"])

@@ -9,11 +9,13 @@ elsewhere.
 Whoever fails says so in the store, and the others end too: none waits for a process that is gone.
 """
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -204,13 +206,16 @@ def _group(
                 raise UserError(_last_words(own)) from error
             _tell(own, error)
             has_told = True
+            # What the model holds of the group keeps its connections open, and the others waiting.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
             raise
         finally:
             distributed.destroy_process_group()
     finally:
+        over.set()
         # Where the first process has failed, it stays until the others have read why: it may keep the store.
         _count_off(own, "left", size if has_told and here.rank == 0 else 0)
-        over.set()
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

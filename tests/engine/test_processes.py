@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import STEPS, Blocks, Images, trained
+from trainings import STEPS, Blocks, Crops, Images, dino, trained
 
 from cfssl.engine.checkpoint import load_checkpoint
 from cfssl.engine.processes import agreed, count, first_says, largest, rank, together
@@ -100,6 +100,16 @@ def test_sharded_weights_are_trained_as_whole_ones_and_go_on_either_way(tmp_path
         found = state(tmp_path / name)
         for part in ("task", "optimizer"):
             torch.testing.assert_close(found[part], expected[part], rtol=1e-3, atol=1e-5)
+
+
+def test_a_sharded_vision_transformer_learns_what_a_whole_one_does(tmp_path: Path) -> None:
+    lines = []
+    for size, strategy in ((1, "ddp"), (2, "fsdp")):
+        assert trained(tmp_path / strategy, size, Crops(), strategy, task=dino, stop_at=10) == [0] * size
+        lines.append(read_metrics(tmp_path / strategy / "metrics.jsonl"))
+    for found, expected in zip(*lines, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+    assert trained(tmp_path / "fsdp", 1, Crops(), task=dino) == [0]
 
 
 def test_alone_nothing_is_agreed_with_anybody() -> None:

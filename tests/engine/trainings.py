@@ -9,17 +9,23 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from view_toys import batch_of
 
+from cfssl.data.views import ViewBatch, split
 from cfssl.engine.interruption import Interruption
 from cfssl.engine.loop import TrainSettings, fit
 from cfssl.engine.processes import dismiss, follow, rank, together
 from cfssl.engine.run import HardwareSettings, Run
+from cfssl.models.backbone import BackboneSettings, create_backbone
+from cfssl.objectives import create_objective
+from cfssl.objectives.dinov2 import DINOv2Settings
 from cfssl.objectives.teacher import Teacher
 from cfssl.seeds import torch_generator
 
@@ -113,12 +119,38 @@ class Tower(nn.Module):
         return self.last(self.blocks(self.first(x)))
 
 
+@dataclass(frozen=True)
+class Crops:
+    """8 items with two views and two small ones per step."""
+
+    place: tuple[int, int] = (0, 1)
+    parts: int = 1
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def share(self, rank: int, size: int) -> "Crops":
+        return Crops((rank, size))
+
+    def __getitem__(self, step: int) -> list[ViewBatch]:
+        generator, (place, size) = torch_generator("crops", step), self.place
+        images, local = (torch.rand(8, 2, 1, side, side, generator=generator) for side in (32, 16))
+        return [split(batch_of(images, local=local), size)[place]]
+
+
+def dino() -> nn.Module:
+    """All that DINOv2 has, on a vision transformer."""
+    encoder = create_backbone(BackboneSettings("test_vit"), 1, 32, seed=0, any_size=True)
+    settings = DINOv2Settings(prototypes=16, hidden=16, bottleneck=8)
+    return create_objective(settings, encoder, 0, images=64, steps=STEPS)
+
+
 def train(
     folder: Path,
     hardware: HardwareSettings,
     interruption: Interruption,
-    data: Images,
-    task: type[nn.Module] = Normed,
+    data: Images | Crops,
+    task: Callable[[], nn.Module] = Normed,
     **case: Any,
 ) -> None:
     """One process's part."""
@@ -128,7 +160,7 @@ def train(
 
 
 def member(
-    place: int, size: int, port: int, folder: Path, data: Images, strategy: str, case: dict[str, Any]
+    place: int, size: int, port: int, folder: Path, data: Images | Crops, strategy: str, case: dict[str, Any]
 ) -> None:
     """A process with the variables of torchrun, whose exit code says how it ended."""
     names = {"RANK": place, "WORLD_SIZE": size, "LOCAL_RANK": place, "MASTER_PORT": port}
@@ -156,12 +188,12 @@ def member(
 
 
 def trained(
-    folder: Path, size: int, data: Images = Images(), strategy: str = "ddp", **case: Any
+    folder: Path, size: int, data: Images | Crops = Images(), strategy: str = "ddp", **case: Any
 ) -> list[int | None]:
     """The exit codes of `size` processes that train together in `folder`."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cfssl.engine.fabric", "trainings", "lightly.utils.dist", "timm.layers"])
+    context.set_forkserver_preload(["cfssl.engine.fabric", "trainings", "lightly.utils.dist", "timm"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
