@@ -350,6 +350,8 @@ def main() -> None:
     # the machine's.
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
+    # What torch warns of in C++ is meant: a store that is gone, parameters that nothing depends on.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with INTERRUPTION.listening():
             if world().size == 1:

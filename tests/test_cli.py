@@ -373,5 +373,6 @@ def test_processes_that_cfssl_or_torchrun_starts_train_the_encoder_of_one(
         "views.png",
     }
     found, expected = load_checkpoint(product), load_checkpoint(alone)
-    for name in ("student.conv1.weight", "student.bn1.running_mean"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    for name, value in expected.items():  # Adam makes steps of rounding where there is no gradient
+        if value.is_floating_point():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=5e-3)

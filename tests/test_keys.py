@@ -254,10 +254,8 @@ OTHERS: dict[str, Any] = {
     "evaluate.0.decoder.widths": [8, 8, 8, 8, 8],
     "evaluate.0.decoder.norm": "instance",
     "hardware.precision": "bf16-mixed",
-    "hardware.strategy": "fsdp",
 }
 ALONG = {  # what has to change with it
-    "hardware.strategy": {"hardware.devices": 2, "monitor": None},
     "generator.parents": {"finetune": None},
     "train.accumulate": {"objective": {"name": "supervised", "target": "disease"}, "views.local": None},
     "views.counterfactual.variable": {"bank.do": {"scanner": "all", "disease": "all"}},

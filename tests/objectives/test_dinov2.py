@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_lightlys_parts(shared_head: bool, batch_norm: bool,
         return MaskedVisionTransformerTIMM(model, token, **parts)
 
     with torch.no_grad():
-        masks = task.masks(8, step, batch.images).flatten(1)  # (2B, 16)
+        masks = task.masks(batch.position, step, batch.images).flatten(1)  # (2B, 16)
         task.drawn = (-1, 0)
         whole = torch.cat([torch.zeros(16, 3, dtype=torch.bool), masks], 1)  # behind class and registers
         images = batch.images.flatten(0, 1)
@@ -234,17 +234,15 @@ def test_a_short_training_lowers_the_loss_without_collapse(tmp_path: Path) -> No
     assert last["teacher_entropy"] < 0.95 < last["marginal_entropy"]  # not the same of every image
 
 
-def test_masks_are_a_function_of_seed_and_step_and_micro_batches_have_those_of_the_batch() -> None:
+def test_masks_are_a_function_of_seed_step_and_position_so_that_parts_have_those_of_the_batch() -> None:
     images = torch.zeros(8, 2, 1, 32, 32)
     task, state = task_of(), random.getstate()
-    whole = task.masks(8, 3, images)
-    parts = torch.cat([task_of().masks(8, 3, images)[:0], *(task.masks(2, 4, images) for _ in range(4))])
-    assert torch.equal(parts, task_of().masks(8, 4, images))
-    assert torch.equal(whole, task_of().masks(8, 3, images))
-    assert not torch.equal(whole, parts)
-    assert not torch.equal(whole, task_of(seed=1).masks(8, 3, images))
-    task.before_step(4)  # a step that is taken again has its masks again
-    assert torch.equal(task.masks(8, 4, images), parts)
+    whole = task.masks(range(8), 3, images)
+    parts = torch.cat([task.masks(range(first, first + 2), 3, images) for first in (0, 2, 4, 6)])
+    assert torch.equal(parts, whole)
+    assert torch.equal(task_of().masks(range(8), 3, images), whole)
+    assert not torch.equal(task.masks(range(8), 4, images), whole)
+    assert not torch.equal(task_of(seed=1).masks(range(8), 3, images), whole)
     assert random.getstate() == state
 
 
