@@ -7,8 +7,10 @@ slurm/up.sh brings a cluster of two nodes up on this machine. `cfssl submit` sen
 share table, generator and bank (an array of two parts) and differ in their seed, so that their trainings run
 side by side. An urgent job takes both nodes away while they train; later one of the nodes is killed, with
 everything on it. Both trainings have to come back by themselves, and weights and bank have to be those of a
-run on this machine, byte for byte. `requeue_seconds`: from the moment the urgent job is submitted until
-a displaced training has made another step.
+run on this machine, byte for byte. The node is started again, and a third training runs on both at once
+(gloo, a process on each): it has to end with the weights of two processes that this machine starts itself.
+`requeue_seconds`: from the moment the urgent job is submitted until a displaced training has made another
+step.
 """
 
 import os
@@ -28,7 +30,7 @@ from cfssl.engine.run import read_metrics
 from cfssl.launch.status import status, submission_of
 from cfssl.launch.sweeps import pipelines
 from cfssl.pipeline import Pipeline
-from cfssl.recipe import parse_recipe, write_recipe
+from cfssl.recipe import load_recipe, parse_recipe, write_recipe
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -54,6 +56,7 @@ RECIPE: dict[str, Any] = {
 }
 SEEDS = "train.seed=0,1"
 URGENT_SECONDS = 2
+TOGETHER = ("name=together", "train.seed=2", "train.epochs=5")  # of the training on both nodes
 
 
 def missing_tools() -> list[str]:
@@ -127,6 +130,19 @@ def kill_node(folder: Path, node: str) -> None:
     daemon.unlink()
 
 
+def start_node(folder: Path, node: str) -> None:
+    """Its daemon again, as slurm/up.sh starts it."""
+    with (folder / "logs" / f"slurmd-{node}.out").open("a") as log:
+        process = subprocess.Popen(
+            ["slurmd", "-D", "-N", node],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    (folder / "pids" / f"slurmd-{node}").write_text(str(process.pid))
+
+
 def processes_of(job: str) -> list[str]:
     """Of this machine, those that SLURM started for a job."""
     found = []
@@ -137,6 +153,11 @@ def processes_of(job: str) -> list[str]:
         except OSError:  # it has ended, or is somebody else's
             continue
     return found
+
+
+def encoder_of(recipe: Path, runs: Path) -> Path:
+    """The weights of the training on both nodes, or of two processes here."""
+    return Pipeline(load_recipe(recipe, TOGETHER), runs).encoder_stage.product
 
 
 def bank_bytes(job: Pipeline) -> dict[str, bytes]:
@@ -152,6 +173,8 @@ def scenario(folder: Path) -> dict[str, Any]:
     here, there = folder / "here", folder / "there"
     for job in pipelines([str(recipe)], [SEEDS], here):
         job.objective  # noqa: B018
+    pair = [sys.executable, "-m", "cfssl", "pretrain", recipe, *TOGETHER, "hardware.devices=2"]
+    subprocess.run([*pair, "--quiet", "--runs", here], check=True, cwd=folder)
     found: dict[str, Any] = {}
     with cluster(folder / "cluster"):
         submit = [sys.executable, "-m", "cfssl", "submit", str(recipe), "--sweep", SEEDS]
@@ -193,6 +216,12 @@ def scenario(folder: Path) -> dict[str, Any]:
         )
         kill_node(folder / "cluster", victim["NodeList"])
         until("all jobs to end", lambda: finished(there))
+        start_node(folder / "cluster", victim["NodeList"])
+        both = folder / "both.yaml"
+        both.write_text(profile.read_text() + "  encoder: {nodes: 2}\n")
+        alone = [sys.executable, "-m", "cfssl", "submit", str(recipe), *TOGETHER, "--profile", str(both)]
+        subprocess.run([*alone, "--runs", there], check=True, cwd=folder)
+        until("the training on both nodes to end", lambda: finished(there))
         found["restarts"] = {name: int(shown(number)["Restarts"]) for name, number in encoders.items()}
         found["killed"] = victim["JobId"]
     same = [
@@ -201,6 +230,7 @@ def scenario(folder: Path) -> dict[str, Any]:
         for job in jobs
     ]
     found["weights_equal"] = all(same)
+    found["two_nodes_equal"] = encoder_of(recipe, there).read_bytes() == encoder_of(recipe, here).read_bytes()
     found["bank_equal"] = bank_bytes(jobs[0]) == bank_bytes(Pipeline(jobs[0].recipe, here))
     found["shards"] = len(bank_bytes(jobs[0]))
     found["reports"] = all((there / job.recipe.name / "report.html").is_file() for job in jobs)
@@ -220,6 +250,7 @@ def main() -> None:
         "ci_minutes": figure(minutes, unit="minutes, with the runs on this machine"),
         "requeue_seconds": figure(found["requeue_seconds"], unit="seconds"),
         "weights_equal": figure(float(found["weights_equal"] and found["bank_equal"]), unit="1: yes, 0: no"),
+        "two_nodes_equal": figure(float(found["two_nodes_equal"]), unit="1: yes, 0: no"),
     }
     protocol = {
         "cluster": "slurm/up.sh: two nodes of two cores on one machine; slurm/profiles/trial.yaml",

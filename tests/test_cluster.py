@@ -17,6 +17,7 @@ def test_a_recipe_on_a_cluster_survives_preemption_and_the_loss_of_a_node(tmp_pa
     assert sum(found["restarts"].values()) >= 3  # both by the urgent job, one by the loss of its node
     assert found["weights_equal"]
     assert found["bank_equal"]
+    assert found["two_nodes_equal"]
     assert found["shards"] >= 2
     assert found["reports"]
     assert not list((tmp_path / "cluster" / "pids").glob("*"))

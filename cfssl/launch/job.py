@@ -9,8 +9,6 @@ saves, and it is for SLURM to say whether the job comes again.
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -27,25 +25,25 @@ from cfssl.recipe import load_recipe
 
 REQUEUE = signal.SIGUSR2
 LINGER = 60.0  # seconds in which the end of a job whose step is saved is left to SLURM
-LOWEST_PORT, PORTS = 20_000, 20_000  # of which a job takes the one of its number
 
 
 @dataclass(frozen=True)
 class StepJob:
-    """Makes the step `step` of a resolved `recipe`, or its `part` (index, count). `code`: the git state in
-    which it was submitted. Called by submitit on the node."""
+    """Makes the step `step` of a resolved `recipe`, or its `part` (index, count). `tasks`: (per node, nodes)
+    of the job, where the recipe has to know of them. `code`: the git state in which it was submitted. Called
+    by submitit on the node, in every task."""
 
     recipe: str
     runs: str
     step: str
     part: tuple[int, int] | None = None
+    tasks: tuple[int, int] | None = None
     code: tuple[str | None, bool | None] = (None, None)
 
     def __call__(self) -> str:
         """Returns the name of the step. Raises what the step raises."""
         handler, interruption = signal.getsignal(REQUEUE), Interruption()
         warn_of_other_code(self.code)
-        export_rendezvous()
         try:
             with interruption.listening():
                 lead(partial(self.make, interruption), interruption)
@@ -59,7 +57,10 @@ class StepJob:
 
     def make(self, interruption: Interruption) -> None:
         """The step itself."""
-        job = Pipeline(load_recipe(Path(self.recipe)), Path(self.runs), interruption=interruption)
+        devices, nodes = self.tasks or (None, None)
+        together = [f"hardware.devices={devices}", f"hardware.nodes={nodes}"] if self.tasks else []
+        recipe = load_recipe(Path(self.recipe), together)
+        job = Pipeline(recipe, Path(self.runs), interruption=interruption)
         found = {step.name: step for step in steps(job)}
         if self.step not in found:
             raise UserError(
@@ -96,28 +97,3 @@ def warn_of_other_code(submitted: tuple[str | None, bool | None]) -> None:
             for commit, dirty in (submitted, (now["commit"], now["dirty"]))
         )
         print(f"cfssl: warning: submitted at {was}, runs at {found}.", file=sys.stderr, flush=True)
-
-
-def export_rendezvous() -> None:
-    """Tells the tasks of a SLURM job of several where they meet: the first node by its address, which its
-    name need not resolve to, and a port of the job's own."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_JOB_NODELIST" not in os.environ:
-        return
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    os.environ.setdefault("MASTER_ADDR", address_of(nodes[0]))
-    port = LOWEST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
-    os.environ.setdefault("MASTER_PORT", str(port))
-
-
-def address_of(node: str) -> str:
-    """The address of a node: what SLURM talks to it at."""
-    shown = subprocess.run(
-        ["scontrol", "show", "node", "-o", node], capture_output=True, text=True, check=True
-    ).stdout
-    fields = dict(entry.partition("=")[::2] for entry in shown.split())
-    return socket.gethostbyname(fields.get("NodeAddr", node))

@@ -105,15 +105,22 @@ def _add(found: Plan, step: Step, recipe: str, resources: Resources, last: dict[
     last[step.name] = step.name
 
 
+def tasks(profile: Profile, kind: str) -> tuple[int, int]:
+    """Of a job: how many per node, and on how many nodes."""
+    resources = profile.resources(kind)
+    several = max(1, resources.gpus) if kind == "encoder" else 1
+    return resources.tasks or several, resources.nodes
+
+
 def sbatch_parameters(profile: Profile, kind: str, name: str) -> dict[str, Any]:
     """What submitit is told about jobs of a kind on SLURM."""
     resources = profile.resources(kind)
-    several = max(1, resources.gpus) if kind == "encoder" else 1
+    per_node, nodes = tasks(profile, kind)
     found = {
         "name": name,
         "timeout_min": resources.minutes,
-        "nodes": resources.nodes,
-        "tasks_per_node": resources.tasks or several,
+        "nodes": nodes,
+        "tasks_per_node": per_node,
         "cpus_per_task": resources.cpus,
         "gpus_per_node": resources.gpus or None,
         "mem_gb": resources.memory_gb,
@@ -201,7 +208,9 @@ class Submission:
         def works(job: Job) -> list[StepJob]:
             parts = [None] if job.parts is None else [(index, job.parts) for index in job.indices]
             code = state["commit"], state["dirty"]
-            return [StepJob(str(recipes[job.recipe]), str(runs), job.step, part, code) for part in parts]
+            share = tasks(profile, job.kind)
+            own = str(recipes[job.recipe]), str(runs), job.step
+            return [StepJob(*own, part, share if share != (1, 1) else None, code) for part in parts]
 
         hand_over = to_slurm if profile.cluster == "slurm" else to_this_machine
         hand_over(found.jobs, works, profile, self.logs, keep)
@@ -256,7 +265,7 @@ def to_this_machine(jobs: Sequence[Job], works: Works, profile: Profile, logs: P
             executor.update_parameters(
                 timeout_min=resources.minutes,
                 gpus_per_node=resources.gpus,
-                tasks_per_node=resources.tasks or 1,
+                tasks_per_node=tasks(profile, job.kind)[0],
                 local_setup=list(profile.setup),
             )
         return [executor.submit(work) for work in works(job)]
