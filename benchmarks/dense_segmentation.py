@@ -57,7 +57,19 @@ NAMES = {
     "s_mvd": "S-MVD-CL",
 }
 CHOICES = (1e-3, 5e-3)
-RATES = dict.fromkeys(METHODS, 5e-3)  # chosen by --choose, see pilots.md
+RATES = {  # chosen by --choose, see pilots.md
+    "simclr": 5e-3,
+    "vader": 1e-3,
+    "densecl": 1e-3,
+    "pixpro": 1e-3,
+    "vicregl": 5e-3,
+    "dvd": 5e-3,
+    "mvd": 1e-3,
+    "ssdcl": 5e-3,
+    "segmentation": 5e-3,
+    "s_dvd": 1e-3,
+    "s_mvd": 1e-3,
+}
 REAL = ("generator=null", "bank.do={}", "views.counterfactual=null")
 ALIKE = "crop_scale: [1.0, 1.0], crop_ratio: [1.0, 1.0], rotation: 0"  # views that differ in look alone
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cfssl.data.labels import silver_name
 from cfssl.errors import UserError
 from cfssl.evaluate.features import to_unit, whole_view
 from cfssl.experiment import ChromapsSettings
@@ -103,8 +104,9 @@ def shown_stride(encoder: nn.Module, side: int) -> int:
 
 def mask_codes(job: Pipeline, rows: np.ndarray) -> tuple[np.ndarray | None, dict[int, str]]:
     """Classes (n, H, W) of the masks that the objective learns from, else of the table's own, the later ones
-    on top; and their names."""
-    names = labelling_masks(job.recipe.objective) or job.table.mask_names
+    on top, without silver ones, which would cover what they are made after; and their names."""
+    human = tuple(name for name in job.table.mask_names if not name.startswith(silver_name("")))
+    names = labelling_masks(job.recipe.objective) or human
     if not names:
         return None, {}
     masks = job.labelling.table.masks_of(names).read(rows) > 0  # (n, M, H, W)

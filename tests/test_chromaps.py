@@ -74,6 +74,15 @@ def test_classes_are_the_masks_that_the_objective_learns_from(job: Pipeline) -> 
     np.testing.assert_array_equal(codes, np.where(masks[:, 1], 2, masks[:, 0]))
 
 
+@pytest.mark.slow
+def test_where_no_labels_are_learned_the_human_masks_are_the_classes(job: Pipeline) -> None:
+    """Silver lungs, which lie on the lungs, would hide them."""
+    recipe = parse_recipe(CONTENT | {"objective": {"name": "simclr"}}, "x")
+    codes, names = mask_codes(Pipeline(recipe, job.production.runs, quiet=True), np.arange(5))
+    assert list(names.values()) == ["left lung", "right lung", "heart", "effusion"]
+    assert set(np.unique(codes)) >= {0, 1, 2, 3}
+
+
 def test_an_encoder_is_seen_through_its_coarsest_grid_of_eight_cells() -> None:
     encoder = create_backbone(BackboneSettings("test_resnet"), 1, 64, 0)
     assert shown_stride(encoder, 64) == 8

@@ -31,7 +31,7 @@ def test_every_result_names_its_script_machine_protocol_and_seeds(path: Path) ->
 
 
 OBJECTIVES, BANKS = ("simclr", "dino"), ("oracle", "hvae")
-QUALITIES = ("oracle", "good", "poor", "wrong_domain")
+QUALITIES = ("oracle", "good", "poor", "wrong_domain", "hidden_change")
 QUALITY = {
     "acquisition_shift": [
         *(
