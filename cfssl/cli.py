@@ -178,15 +178,18 @@ def bank_finish(
 
 @bank_app.command("verify")
 def bank_verify(
-    folder: Annotated[Path, typer.Argument(help="The folder of a bank.")], quiet: Quiet = False
+    folder: Annotated[Path, typer.Argument(help="The folder of a bank.")],
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,
+    quiet: Quiet = False,
 ) -> None:
     """Check every shard and every view against its checksum."""
-    from cfssl.bank.store import Bank, verify
+    from cfssl.bank.store import Bank
+    from cfssl.bank.verify import verify
     from cfssl.engine.progress import ProgressBar
 
     bank = Bank.open(folder)
     with ProgressBar("verify", total=bank.shard_count, unit="shards", quiet=quiet) as bar:
-        broken = verify(bank, progress=lambda done, total: bar.advance(items=1))
+        broken = verify(bank, lambda done, total: bar.advance(items=1), jobs)
     if broken:
         raise UserError(
             f"The bank {folder} is damaged: {'; '.join(broken)}. Delete the named shards and build the bank "

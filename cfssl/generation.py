@@ -18,6 +18,7 @@ from cfssl.bank.build import build, plan_bank, plan_views
 from cfssl.bank.gate import apply_gate
 from cfssl.bank.parts import Part, parts_with
 from cfssl.bank.shards import Plan, View, complete_shard, finish, read_bank_record
+from cfssl.bank.staging import staged
 from cfssl.bank.store import Bank
 from cfssl.data.table import ImageTable
 from cfssl.engine.progress import ProgressBar
@@ -171,6 +172,12 @@ class Generation:
             self.build_bank(self.bank_stage.folder)
             bank = self._open_bank()
         return bank
+
+    @cached_property
+    def staged_bank(self) -> Bank:
+        """The bank as it is read again and again: from a disk of this node where the recipe names one."""
+        place = self.recipe.hardware.stage
+        return self.bank if place is None else staged(self.bank, place)
 
     def _open_bank(self) -> Bank:
         made_by = self.generator.fingerprint if self.generator is not None else None

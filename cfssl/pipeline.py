@@ -109,7 +109,7 @@ class Pipeline:
 
     def view_data(self) -> ViewData:
         """The batches of the pre-training, as functions of the step."""
-        recipe, bank = self.recipe, self.generation.bank
+        recipe, bank = self.recipe, self.generation.staged_bank
         names = known_attributes(recipe.objective)
         source: ViewSource = bank.subset(self.table.rows("train", known=names)) if names else bank
         attributes = self.table.encode(names, source.rows)

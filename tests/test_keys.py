@@ -292,6 +292,7 @@ HARDWARE = "accelerator", "devices", "nodes", "strategy", "workers", "threads"
 WITHOUT_A_KEY = {"name", "track", *(f"hardware.{key}" for key in HARDWARE)} | {
     f"monitor{key}" for key in ("", ".every", ".target", ".rows", ".stop_on_collapse")
 }
+WITHOUT_A_KEY |= {"hardware.stage"}  # see tests/bank/test_staging.py
 WITHOUT_A_KEY |= {"chromap", "chromap.images", "chromap.preset"}
 
 

@@ -15,26 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from cfssl.bank.records import refuse_wrong_size
+from cfssl.bank.records import refuse_wrong_size, stream_checksum
 from cfssl.bank.shards import Plan, shard_file
 from cfssl.errors import UserError
 
 MAPS = 4096  # shards mapped at a time: each takes a file descriptor and one of a process's 65,530 regions
 OTHER_FILES = 256  # descriptors left for the rest of the process
+RESIDENT = 2 * 2**30  # bytes of mapped files that may count as memory of the process
+LOOK_EVERY = 256  # views after which this is looked at
 COPY_ONE_BY_ONE = 32 * 1024  # bytes of a view from which the copying takes the time, not the calls
 
 
 class ShardMaps:
     """`shards`: size and checksum of every shard of the bank `path`, as bank.json tells them. Threads may
-    read at once. Those mapped longest ago are closed again when they become too many."""
+    read at once. Those mapped longest ago are closed again when they become too many. With `is_checked` no
+    checksum is compared."""
 
-    def __init__(self, path: Path, plan: Plan, shards: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, shards: Sequence[Mapping[str, Any]], is_checked: bool = False
+    ) -> None:
         self.path, self.plan, self._shards = path, plan, shards
         self._maps: dict[int, np.ndarray] = {}  # by shard, in the order of mapping
+        self._files: dict[int, mmap.mmap] = {}  # what these are views of
+        self._unseen, self._resident_before = 0, resident_files()
         self._addresses = np.zeros(len(shards), dtype=np.int64)  # 0: not mapped
-        self._is_checked = np.zeros(len(shards), dtype=bool)
+        self._is_checked = np.full(len(shards), is_checked)
         self._most_maps = allow_open_files(min(len(shards), MAPS))
         self._lock = threading.Lock()  # no thread may close a map that another one reads
 
@@ -45,7 +51,19 @@ class ShardMaps:
         checksum, when it is mapped for the first time. Both numbers have to be of stored views.
         """
         with self._lock:
+            self._release_pages(len(shard))
             return self._read(shard, local)
+
+    def _release_pages(self, views: int) -> None:
+        """Before `views` more are read. The system may map a megabyte around each of them; what was read
+        stays in its cache, and need not count as memory of this process, for which job schedulers kill."""
+        self._unseen += views
+        if self._unseen < LOOK_EVERY:
+            return
+        self._unseen = 0
+        if resident_files() - self._resident_before > RESIDENT:
+            for content in self._files.values():
+                content.madvise(mmap.MADV_DONTNEED)
 
     def _read(self, shard: np.ndarray, local: np.ndarray) -> np.ndarray:
         if self._addresses[shard].all():
@@ -100,7 +118,7 @@ class ShardMaps:
             wanted = set(shards.tolist())
             for shard in [shard for shard in self._maps if shard not in wanted][:surplus]:
                 self._addresses[shard] = 0
-                del self._maps[shard]
+                del self._maps[shard], self._files[shard]
         for shard in missing:
             self._map(shard)
 
@@ -108,7 +126,8 @@ class ShardMaps:
         file, entry = shard_file(self.path, shard, "npy"), self._shards[shard]
         refuse_wrong_size(file, entry)
         try:
-            with file.open("rb") as stream:
+            with file.open("rb", buffering=0) as stream:
+                found = None if self._is_checked[shard] else stream_checksum(stream)
                 content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENOMEM):
@@ -118,7 +137,6 @@ class ShardMaps:
                 "bank; raise `ulimit -n` or vm.max_map_count, or build the bank with a larger "
                 "shard_megabytes."
             ) from None
-        found = None if self._is_checked[shard] else xxhash.xxh3_128_hexdigest(content)
         if found not in (None, entry["checksum"]):
             raise UserError(
                 f"{file} is damaged: its checksum is {found}, expected {entry['checksum']}; delete the file "
@@ -128,7 +146,14 @@ class ShardMaps:
         header = entry["bytes"] - entry["rows"] * self.plan.slots * self.plan.view_bytes
         data = np.frombuffer(content, dtype=np.uint8, offset=header)
         self._maps[shard], self._addresses[shard] = data, data.ctypes.data
+        self._files[shard] = content
         self.__dict__.pop("_window", None)
+
+
+def resident_files() -> int:
+    """Bytes of mapped files that count as memory of this process; 0 where the system is no Linux."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[2]) * mmap.PAGESIZE if told.exists() else 0
 
 
 def allow_open_files(maps: int) -> int:

@@ -1,24 +1,22 @@
 """The bank as a training loop sees it: a folder of memory-mapped shards, read without decoding anything.
 
 Enters: a folder written by `cfssl.bank.shards`. Leaves: `Bank.gather`, which turns item and slot numbers into
-pixels at the speed of memory, and `verify`, which names every damaged view. Slot 0 is the real image, slot k
-the k-th do().
+pixels at the speed of memory. Slot 0 is the real image, slot k the k-th do().
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from cfssl.bank.maps import ShardMaps
-from cfssl.bank.records import is_sound, read_record, refuse_wrong_size, sealed, size_of
-from cfssl.bank.shards import Plan, complete_shard, read_bank_record, shard_file, view_checksum
+from cfssl.bank.records import refuse_wrong_size, size_of, stream_checksum
+from cfssl.bank.shards import Plan, complete_shard, read_bank_record, shard_file
 from cfssl.errors import UserError
 
 
@@ -27,7 +25,8 @@ class Bank:
     checksum compared, when it is first read (see `cfssl.bank.maps`), and the index whenever it is read.
     Sent to another process, a bank travels as its path and is opened again there.
 
-    `shards`: rows, size and checksums of each shard, as bank.json tells them. `gate`: what the gate of the
+    `shards`: rows, size and checksums of each shard, as bank.json tells them, and `index_entry` those of the
+    index. `gate`: what the gate of the
     bank let through (see `cfssl.bank.gate.apply_gate`); None of a bank without one.
     """
 
@@ -36,12 +35,14 @@ class Bank:
         path: Path | str,
         table_fingerprint: str | None = None,
         generator_fingerprint: str | None = None,
+        is_checked: bool = False,
     ) -> None:
         """Use `open`."""
         self.path = Path(path)
         record = read_bank_record(self.path / "bank.json")
         self.plan = Plan.from_json(record["plan"])
-        self._expected = table_fingerprint, generator_fingerprint
+        self.expected = table_fingerprint, generator_fingerprint  # what it was opened for
+        self._is_checked = is_checked
         self._refuse_other("table", table_fingerprint, self.plan.table)
         self._refuse_other("generator", generator_fingerprint, self.plan.generator)
         if record["shards"] is None:
@@ -55,11 +56,11 @@ class Bank:
         self.shape, self.views, self.dtype = self.plan.shape, self.plan.views, np.dtype(self.plan.dtype)
         self.shards: list[dict[str, Any]] = record["shards"]
         self.gate: dict[str, Any] | None = record.get("gate")
-        self._index = record["index"]
+        self.index_entry: dict[str, Any] = record["index"]
         for shard, entry in enumerate(self.shards):
             refuse_wrong_size(self._file(shard), entry)
         self._refuse_index_of_other_size()
-        self._maps = ShardMaps(self.path, self.plan, self.shards)
+        self._maps = ShardMaps(self.path, self.plan, self.shards, is_checked)
 
     @classmethod
     def open(
@@ -67,16 +68,18 @@ class Bank:
         path: Path | str,
         table_fingerprint: str | None = None,
         generator_fingerprint: str | None = None,
+        is_checked: bool = False,
     ) -> "Bank":
-        """Opens a finished bank, in time independent of the number of images.
+        """Opens a finished bank, in time independent of the number of images. With `is_checked` the pixels of
+        a shard are not compared with its checksum when they are first read, see `cfssl.bank.staging`.
 
         Raises `UserError` when it is unfinished, a file is missing or truncated, its format is unknown, or it
         was not made from the table and by the generator of the given fingerprints.
         """
-        return cls(path, table_fingerprint, generator_fingerprint)
+        return cls(path, table_fingerprint, generator_fingerprint, is_checked)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bank, (self.path, *self._expected)
+        return Bank, (self.path, *self.expected, self._is_checked)
 
     def __len__(self) -> int:
         return self.plan.rows
@@ -91,12 +94,13 @@ class Bank:
         (of what the do() makes follow; -1: nothing follows), checksum (16 bytes), then `factual.NAME` and
         `counterfactual.NAME` of every attribute in natural values; of a gated bank also quality, error,
         `change.NAME` and accepted (see `cfssl.bank.gate`)."""
-        return self._read_index(None).to_pandas()
+        with self._opened_index() as file:
+            return file.read().to_pandas()
 
     @cached_property
     def rows(self) -> np.ndarray:
         """The table row of each item, (N,) int64."""
-        return self._column("row")[:, 0].copy()
+        return self._read_column("row", every=self.plan.slots)
 
     @cached_property
     def made(self) -> np.ndarray:
@@ -143,26 +147,42 @@ class Bank:
         return self.path / "index.parquet"
 
     def _column(self, name: str) -> np.ndarray:
-        return self._read_index([name])[name].to_numpy().reshape(len(self), self.plan.slots)
+        return self._read_column(name).reshape(len(self), self.plan.slots)
 
-    def _read_index(self, columns: list[str] | None) -> pa.Table:
-        """Reads what it has checked: a file put in its place meanwhile would be another one."""
-        self._refuse_index_of_other_size()
-        with pa.memory_map(str(self._index_file)) as stream:
-            content = stream.read_buffer()
-        if xxhash.xxh3_128_hexdigest(content) != self._index["checksum"]:
-            raise self._other_index("does not agree with its checksum")
-        found = pq.read_table(pa.BufferReader(content), columns=columns)
-        expected = len(self) * self.plan.slots
-        if len(found) != expected:
-            raise UserError(
-                f"{self._index_file} has {len(found)} rows, expected {expected}, one per item and slot; "
-                "build the bank again."
-            )
+    def _read_column(self, name: str, every: int = 1) -> np.ndarray:
+        """A column of the index, or the value in `every` so many rows of it; besides it, no more is in memory
+        than one group of rows."""
+        count = len(self) * self.plan.slots
+        found, place = np.empty(0), 0
+        with self._opened_index() as file:
+            for group in range(file.num_row_groups):
+                values = file.read_row_group(group, [name])[name].to_numpy()
+                if group == 0:
+                    found = np.empty(count // every, dtype=values.dtype)
+                chosen = values[-place % every :: every]
+                start = -(-place // every)
+                found[start : start + len(chosen)] = chosen
+                place += len(values)
         return found
 
+    @contextmanager
+    def _opened_index(self) -> Iterator[pq.ParquetFile]:
+        """Reads what it has checked: a file put in its place meanwhile would be another one."""
+        self._refuse_index_of_other_size()
+        with self._index_file.open("rb") as stream:
+            if stream_checksum(stream) != self.index_entry["checksum"]:
+                raise self._other_index("does not agree with its checksum")
+            file = pq.ParquetFile(stream)
+            found, expected = file.metadata.num_rows, len(self) * self.plan.slots
+            if found != expected:
+                raise UserError(
+                    f"{self._index_file} has {found} rows, expected {expected}, one per item and slot; build "
+                    "the bank again."
+                )
+            yield file
+
     def _refuse_index_of_other_size(self) -> None:
-        size, expected = size_of(self._index_file), self._index["bytes"]
+        size, expected = size_of(self._index_file), self.index_entry["bytes"]
         if size is None:
             raise self._other_index("is missing")
         if size != expected:
@@ -197,57 +217,6 @@ class Subset:
         """See `Bank.gather`."""
         _refuse_outside("items", np.asarray(items), len(self))
         return self.bank.gather(self.items[items], slots)
-
-
-def verify(bank: Bank, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Reads every byte of every file. Names, one sentence each, every file and every view that does not agree
-    with its checksum; an empty list says that all is sound. `progress(done, total)` is called after each
-    shard."""
-    index_is_sound = is_sound(bank._index_file, bank._index)
-    found = [] if index_is_sound else [f"{bank._index_file.name} does not agree with its checksum"]
-    for shard, entry in enumerate(bank.shards):
-        if not is_sound(bank._file(shard), entry):
-            found += _damage(bank, shard, index_is_sound)
-        part, record = (shard_file(bank.path, shard, kind) for kind in ("parquet", "json"))
-        if not is_sound(part, entry["index"]):
-            found.append(f"{part.name} does not agree with its checksum or is missing")
-        if read_record(record) != sealed({"plan": bank.plan.key, "shard": entry}):
-            found.append(f"{record.name} does not agree with bank.json or is missing")
-        if progress is not None:
-            progress(shard + 1, bank.shard_count)
-    return found
-
-
-def _damage(bank: Bank, shard: int, index_is_sound: bool) -> list[str]:
-    file, entry, plan = bank._file(shard), bank.shards[shard], bank.plan
-    bytes_found = size_of(file)
-    if bytes_found is None:
-        return [f"{file.name} is missing"]
-    if bytes_found != entry["bytes"]:
-        return [f"{file.name} has {bytes_found} bytes, expected {entry['bytes']}"]
-    if not index_is_sound:
-        return [
-            f"{file.name} does not agree with its checksum; which views are damaged, only the index could "
-            "tell"
-        ]
-    items = plan.items(shard)
-    header = entry["bytes"] - len(items) * plan.slots * plan.view_bytes
-    views = np.fromfile(file, dtype=np.uint8, offset=header).reshape(len(items), plan.slots, plan.view_bytes)
-    checksums = bank._column("checksum")[items.start : items.stop]
-    found = []
-    for (place, slot), expected in np.ndenumerate(checksums):
-        if view_checksum(views[place, slot]) != expected:
-            item = items[place]
-            found.append(
-                f"{file.name}: item {item} (table row {bank.rows[item]}), slot {slot} ({_shows(bank, slot)})"
-            )
-    return found or [f"{file.name}: its header is damaged"]
-
-
-def _shows(bank: Bank, slot: int) -> str:
-    if slot == 0:
-        return "the real image"
-    return f"do({', '.join(f'{name}={value}' for name, value in bank.views[slot - 1].items())})"
 
 
 def _refuse_outside(what: str, numbers: np.ndarray, count: int) -> None:

@@ -20,5 +20,7 @@ class EpochOrder:
         """The items (batch,) of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, numpy_generator(self.seed, "epoch", epoch).permutation(self.count)
-        return self._epoch[1][place * self.batch : (place + 1) * self.batch]
+            # Every loading process holds the permutation of its epoch: of 10^8 items 0.4 GB, not 0.8.
+            numbers = np.arange(self.count, dtype=np.uint32)
+            self._epoch = epoch, numpy_generator(self.seed, "epoch", epoch).permutation(numbers)
+        return self._epoch[1][place * self.batch : (place + 1) * self.batch].astype(np.int64)

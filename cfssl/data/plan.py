@@ -209,8 +209,9 @@ def domain_counts(table: ImageTable, variables: Sequence[str], rows: np.ndarray)
         return {}
     counts = dict.fromkeys(itertools.product(*categories), 0)
     known = table.frame[list(variables)].iloc[rows].dropna()
-    for values in known.itertuples(index=False):
-        counts[tuple(map(str, values))] += 1
+    for values, count in known.value_counts(sort=False).items():
+        assert isinstance(values, tuple)
+        counts[tuple(map(str, values))] += count
     return counts
 
 
@@ -304,9 +305,8 @@ class SlotPlan:
         held = plan.held(source.views)
         self.shared, self.distinct, self.slots = plan.shared, plan.distinct, np.array(list(held))
         self.probability = plan.chance(list(held.values()), domains or {})
-        # (N, K'): weight of every available target; a row's own value is not available as a counterfactual.
-        weights = plan.target_weights(list(held.values()), domains or {})
-        self.weights = source.available[:, self.slots] * weights
+        self.available = source.available
+        self.target_weights = plan.target_weights(list(held.values()), domains or {})
         numbers = view_numbers(plan.view, plan.shared, count, local)
         # Local views draw after the global ones, so that these are the same with and without them.
         kinds = [[number for number in numbers if (number >= count) == is_local] for is_local in (0, 1)]
@@ -319,13 +319,18 @@ class SlotPlan:
             slots[:, named] = self._drawn(rng, items, 1 if self.shared else len(named))
         return slots
 
+    def _weights(self, items: np.ndarray) -> np.ndarray:
+        """Of every target, (B, K'); a row's own value is not available as a counterfactual. Not kept for all
+        items, of which there may be very many."""
+        return self.available[items[:, None], self.slots] * self.target_weights
+
     def _drawn(self, rng: np.random.Generator, items: np.ndarray, draws: int) -> np.ndarray:
         """Slots (B, draws), each drawn for itself, or the first of them all where they are distinct."""
         applied = rng.random((len(items), draws)) < self.probability
         if self.distinct:
             return np.where(applied, self._without_replacement(rng, items, draws), 0)
         point = rng.random((len(items), draws))
-        cumulative = np.cumsum(self.weights[items], axis=1)
+        cumulative = np.cumsum(self._weights(items), axis=1)
         total = cumulative[:, -1:]
         chosen = (
             (point[:, :, None] * total[:, None] >= cumulative[:, None, :])
@@ -337,7 +342,7 @@ class SlotPlan:
     def _without_replacement(self, rng: np.random.Generator, items: np.ndarray, draws: int) -> np.ndarray:
         """Slots (B, draws), no counterfactual twice, 0 when there are no more: the order of exponential times
         with these rates is that of weighted draws without replacement."""
-        weights = self.weights[items]
+        weights = self._weights(items)
         times = np.full(weights.shape, np.inf)
         np.divide(rng.standard_exponential(weights.shape), weights, out=times, where=weights > 0)
         order = np.argsort(times, axis=1)[:, :draws]

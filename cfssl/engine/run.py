@@ -25,7 +25,9 @@ class HardwareSettings:
     together, with a process each (on a CPU: as many processes). `strategy`: with ddp each of them holds the
     whole model, with fsdp a part of every weight, for models that outgrow a device. `precision` as Lightning
     Fabric names it; `workers`: data loading processes of each, 0 loads in the main one; `threads` of torch,
-    None for its own choice."""
+    None for its own choice. `stage`: a folder on a disk of the node, e.g. $SLURM_TMPDIR, to which the bank is
+    copied before the pre-training; environment variables are those of the node. None: the bank is read where
+    it is."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Count = 1
@@ -34,6 +36,7 @@ class HardwareSettings:
     precision: Precision = "32-true"
     workers: Annotated[int, Field(ge=0)] = 0
     threads: Count | None = None
+    stage: Path | None = None
 
     @property
     def processes(self) -> int:

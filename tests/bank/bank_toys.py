@@ -12,6 +12,7 @@ from cfssl.bank.build import build
 from cfssl.bank.gate import apply_gate
 from cfssl.bank.parts import Part
 from cfssl.bank.settings import GateSettings
+from cfssl.bank.staging import staged
 from cfssl.bank.store import Bank
 from cfssl.data.pixels import to_signed
 from cfssl.data.prepare import save_prepared
@@ -78,6 +79,13 @@ def build_part_together(folder: Path, table_folder: Path, part: Part, barrier) -
     table = ImageTable.open(table_folder)
     barrier.wait()
     build_toy(folder, table, rows_per_shard=2, shards=part.of(10))
+
+
+def stage_together(path: Path, place: Path, barrier) -> None:
+    """For processes that copy the same bank at once."""
+    bank = Bank.open(path)
+    barrier.wait()
+    assert len(staged(bank, place)) == len(bank)
 
 
 class ToyModel:

@@ -33,7 +33,8 @@ from cfssl.bank.build import plan_bank, plan_views, shard_megabytes
 from cfssl.bank.records import size_and_checksum, write_record
 from cfssl.bank.settings import BankSettings
 from cfssl.bank.shards import begin, finish, view_checksum, write_shard
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.errors import UserError
 from cfssl.seeds import derive_seed
 from cfssl.writers import WEEK, machine, owner

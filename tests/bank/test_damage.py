@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from bank_toys import ToyGenerator, build_toy, snapshot, toy_table
 
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.errors import UserError
 
 VIEWS = [{"scanner": "A"}, {"age": 30.0}]

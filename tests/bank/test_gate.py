@@ -27,7 +27,8 @@ from cfssl.bank import shards
 from cfssl.bank.gate import apply_gate
 from cfssl.bank.settings import BankSettings, GateSettings
 from cfssl.bank.shards import FORMAT, GATED_FORMAT, finish
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.data.plan import CounterfactualPlan, SlotPlan
 from cfssl.errors import UserError
 from cfssl.measure.judge import PredictorJudge

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from cfssl.bank.parts import Part, parts_with, ranges
 from cfssl.bank.shards import finish
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.cli import main
 from cfssl.errors import UserError
 from cfssl.pipeline import Pipeline

@@ -2,7 +2,9 @@
 
 import json
 import mmap
+import os
 import pickle
+import re
 import resource
 import threading
 from pathlib import Path
@@ -15,11 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfssl.bank import maps as shard_maps
+from cfssl.bank import records
+from cfssl.bank import verify as verification
 from cfssl.bank.build import build
 from cfssl.bank.maps import COPY_ONE_BY_ONE, OTHER_FILES, allow_open_files
 from cfssl.bank.records import size_and_checksum, write_record
 from cfssl.bank.shards import GATED_FORMAT
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.errors import UserError
 
 VIEWS = [{"scanner": name} for name in toys.SCANNERS]
@@ -103,7 +108,8 @@ def test_opening_reads_neither_pixels_nor_index(path, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("opening a bank read more than bank.json")
 
-    monkeypatch.setattr(pq, "read_table", refuse)
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    monkeypatch.setattr(records, "stream_checksum", refuse)
     monkeypatch.setattr(mmap, "mmap", refuse)
     bank = Bank.open(path)
     assert (len(bank), bank.shape, bank.views) == (20, (1, 6, 5), tuple(VIEWS))
@@ -235,13 +241,23 @@ def test_verify_names_every_damaged_view_and_file(path):
     flip(path / "shard-00002.npy", -61)
     truncate(path / "shard-00003.npy")
     (path / "shard-00004.npy").unlink()
-    assert verify(bank) == [
+    found = verify(bank)
+    assert found == [
         "shard-00000.npy: item 2 (table row 2), slot 3 (do(scanner=C))",
         "shard-00002.npy: item 8 (table row 8), slot 1 (do(scanner=A))",
         "shard-00002.npy: item 8 (table row 8), slot 3 (do(scanner=C))",
         "shard-00003.npy has 487 bytes, expected 488",
         "shard-00004.npy is missing",
     ]
+    calls.clear()
+    assert verify(bank, lambda done, total: calls.append((done, total)), jobs=2) == found
+    assert calls == [(shard, 7) for shard in range(1, 8)]
+
+
+def test_a_killed_process_of_verify_is_told(path, monkeypatch):
+    monkeypatch.setattr(verification, "_findings", os._exit)
+    with pytest.raises(UserError, match=r"A process that verified .* was killed.* with fewer than 2 jobs"):
+        verify(Bank.open(path), jobs=2)
 
 
 def test_a_damaged_index_is_found_at_its_first_read_and_by_verify(path):
@@ -302,6 +318,34 @@ def test_of_many_shards_few_are_mapped_at_a_time(tmp_path, monkeypatch, side):
         assert 1 <= open_maps(path) <= 3
     sequential = bank.gather(np.arange(11), np.zeros(11, dtype=int))
     np.testing.assert_array_equal(sequential, expected[:, 0])
+
+
+def resident(path):
+    """Bytes of the mapped files of a bank that count as memory of this process."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(path) in line
+        elif ours and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.mark.parametrize(("side", "count"), [(64, 400), (192, 80)])  # two ways to memory
+def test_what_was_read_does_not_stay_memory_of_the_process(tmp_path, monkeypatch, side, count):
+    path = make_bank(tmp_path, count, rows_per_shard=count // 2, shape=(1, side, side))
+    monkeypatch.setattr(shard_maps, "LOOK_EVERY", 1)
+    truth, bank, rng = stored(path), Bank.open(path), np.random.default_rng(0)
+
+    def read(times):
+        for _ in range(times):
+            item, slot = rng.integers(0, count, 1), rng.integers(0, 4, 1)
+            np.testing.assert_array_equal(bank.gather(item, slot), truth[item, slot])
+            yield resident(path)
+
+    all_of_it = list(read(count))[-1]
+    monkeypatch.setattr(shard_maps, "RESIDENT", 0)
+    assert 0 < max(read(20)) < all_of_it / 2
 
 
 def test_threads_may_read_a_bank_whose_maps_come_and_go(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from cfssl.bank.build import build
 from cfssl.bank.gate import apply_gate, gate_text
 from cfssl.bank.settings import GateSettings
 from cfssl.bank.shards import write_gate
-from cfssl.bank.store import Bank, verify
+from cfssl.bank.store import Bank
+from cfssl.bank.verify import verify
 from cfssl.data.datasets import PhantomChestSettings, open_dataset, prepare_dataset
 from cfssl.data.pixels import to_signed, to_stored
 from cfssl.data.table import Attribute
