@@ -33,6 +33,7 @@ PATIENCE = timedelta(days=30)
 START = timedelta(minutes=30)  # within which all of them have to be there
 POLL = 0.2  # seconds between two looks into the store
 GRACE = 20.0  # seconds that a process has to end on its own when another one has failed
+FAREWELL = 3.0  # seconds in which those that are still there can go home
 HOME = "home"  # the order to end
 FAILED = "failed"  # where a process says why it stopped
 STDERR = 2  # the descriptor: what the others print is no result
@@ -112,19 +113,21 @@ def follow(obey: Callable[[str], None]) -> None:
     """Does what the first process orders, as a member of its group, until it sends this one home or is gone.
     Raises `UserError` when another process fails meanwhile."""
     store, number = meeting(), 0
-    while True:
-        number += 1
-        try:
-            while not store.check([f"order {number}"]):
-                time.sleep(POLL)
-            order = store.get(f"order {number}").decode()
-        except distributed.DistError:  # the first process is gone, and has said why itself
-            return
-        if order == HOME:
-            _count_off(store, "gone", 0)
-            return
-        with _group(store, number, world().size, []):
-            obey(order)
+    try:
+        while True:
+            number += 1
+            try:
+                while not store.check([f"order {number}"]):
+                    time.sleep(POLL)
+                order = store.get(f"order {number}").decode()
+            except distributed.DistError:  # the first process is gone, and has said why itself
+                return
+            if order == HOME:
+                return
+            with _group(store, number, world().size, []):
+                obey(order)
+    finally:
+        _count_off(store, "gone", 0)
 
 
 def dismiss() -> None:
@@ -132,7 +135,7 @@ def dismiss() -> None:
     store."""
     store = meeting()
     _given(store, HOME)
-    _count_off(store, "gone", world().size)
+    _count_off(store, "gone", world().size, FAREWELL)
 
 
 @cache
@@ -243,10 +246,10 @@ def _last_words(store: distributed.Store) -> str:
     )
 
 
-def _count_off(store: distributed.Store, name: str, size: int) -> None:
+def _count_off(store: distributed.Store, name: str, size: int, seconds: float = GRACE) -> None:
     """Notes that this process has come so far, and waits a moment for the others, until there are `size`."""
     with suppress(distributed.DistError):
-        found, patience = store.add(name, 1), time.monotonic() + GRACE
+        found, patience = store.add(name, 1), time.monotonic() + seconds
         while found < size and time.monotonic() < patience:
             time.sleep(POLL)
             found = store.add(name, 0)
