@@ -70,6 +70,7 @@ BANK_CODE = (
     "bank/build.py",
     "bank/gate.py",
     "bank/maps.py",
+    "bank/parts.py",
     "bank/records.py",
     "bank/shards.py",
     "bank/store.py",
