@@ -10,8 +10,10 @@ is that of the measurement, imports included. Reading a hole costs memory bandwi
 checksums are those of warm files.
 
 Then a bank of the phantom is built by one process and by two, each of which builds a part: counterfactuals
-of the small HVAE, whose weights are random because their values cost nothing. About ten minutes on two idle
-cores; not resumed, because a ratio of speeds belongs to one run.
+of the small HVAE, whose weights are random because their values cost nothing. At last an encoder is
+pre-trained by one process and by two (`hardware.devices`); its images per second are those of the epochs
+after the first, so that starting the processes does not count. About twenty minutes on two idle cores; not
+resumed, because a ratio of speeds belongs to one run.
 """
 
 import argparse
@@ -35,12 +37,23 @@ from cfssl.bank.build import shard_megabytes
 from cfssl.bank.records import size_and_checksum, write_record
 from cfssl.bank.shards import Plan, begin, finish, shard_file, view_checksum
 from cfssl.data.datasets import PhantomChestSettings, prepare_dataset
-from cfssl.files import atomic_path
+from cfssl.files import atomic_path, read_json
+from cfssl.pipeline import Pipeline
+from cfssl.recipe import load_recipe
 
 MEASURED = Path(__file__).parent / "scale_measured.py"
 ROWS = 10_000_000
 STAGED_ROWS = 131_072  # 2 GB
 REPEATS = 3
+RECIPE = Path(__file__).parent.parent / "recipes" / "phantom_simclr.yaml"
+OVERRIDES = (
+    "monitor=null",
+    "evaluate=[]",
+    "train.batch=128",
+    "hardware.accelerator=cpu",
+    "hardware.threads=1",
+)
+EPOCHS = (1, 6)
 
 
 def main() -> None:
@@ -52,7 +65,8 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        found = simulated(Path(scratch), arguments.rows) | processes(Path(scratch))
+        found = simulated(Path(scratch), arguments.rows) | building(Path(scratch))
+        found |= pretraining(Path(scratch))
     publish(found, arguments.rows, (time.monotonic() - started) / 60)
 
 
@@ -147,10 +161,10 @@ def index_of(items: range, slots: int, checksum: bytes) -> pa.Table:
     )
 
 
-# one process and two ----------------------------------------------------------------------------------------
+# building with one process and two --------------------------------------------------------------------------
 
 
-def processes(scratch: Path) -> dict[str, Any]:
+def building(scratch: Path) -> dict[str, Any]:
     """The figures of building a bank of the phantom."""
     prepare_dataset(PhantomChestSettings(count=BUILT), scratch / "table", quiet=True)
     rates: dict[int, list[float]] = {1: [], 2: []}
@@ -165,6 +179,40 @@ def processes(scratch: Path) -> dict[str, Any]:
         "build_images_per_second": over_repeats(one, "images/s, 4 do()s each"),
         "build_speedup_2_processes": over_repeats(two / one, "times as fast"),
     }
+
+
+# pre-training with one process and two ---------------------------------------------------------------------
+
+
+def pretraining(scratch: Path) -> dict[str, Any]:
+    """Images per second of a pre-training, and what a second process is worth."""
+    recipe = load_recipe(RECIPE, OVERRIDES)
+    images = len(Pipeline(recipe, scratch / "table", quiet=True).table.rows("train"))
+    images = images // recipe.train.batch * recipe.train.batch  # of an epoch
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for repeat in range(REPEATS):
+        for count in (1, 2) if repeat % 2 == 0 else (2, 1):
+            few, many = (pretrained(scratch, repeat, count, epochs) for epochs in EPOCHS)
+            rates[count].append((EPOCHS[1] - EPOCHS[0]) * images / (many - few))
+    one, two = (np.array(rates[count]) for count in (1, 2))
+    return {
+        "pretraining_images_per_second_1": over_repeats(one, "images/s"),
+        "pretraining_images_per_second_2": over_repeats(two, "images/s"),
+        "speedup_2_processes": over_repeats(two / one, "times as fast"),
+    }
+
+
+def pretrained(scratch: Path, seed: int, count: int, epochs: int) -> float:
+    """Seconds of the encoder's stage, made by `count` processes."""
+    runs = scratch / f"pretrained-{seed}-{count}-{epochs}"
+    own = [f"train.seed={seed}", f"train.epochs={epochs}", f"hardware.devices={count}"]
+    command = [sys.executable, "-m", "cfssl", "pretrain", str(RECIPE), *OVERRIDES, *own]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--runs", str(runs), "--quiet"], check=True, env=environment)
+    (done,) = (runs / "stages").glob("encoder-*/done.json")
+    seconds: float = read_json(done)["seconds"]
+    print({"processes": count, "epochs": epochs, "seconds": seconds}, file=sys.stderr)
+    return seconds
 
 
 # measuring --------------------------------------------------------------------------------------------------
@@ -210,6 +258,8 @@ def publish(figures: dict[str, Any], rows: int, minutes: float) -> None:
         "verify": "every byte of the bank, by one process and by two; peak of the largest process",
         "build": f"{BUILT:,} images of the phantom of 64 px, small HVAE, one thread per process, {REPEATS} "
         "repeats; each of two processes builds a part",
+        "pre-training": f"{RECIPE.name}, batch 128, one thread per process, {REPEATS} repeats; seconds of "
+        f"{EPOCHS[1]} epochs less those of {EPOCHS[0]}",
         "stage": f"{STAGED_ROWS:,} images (sparse) to the disk of --folder, with fsync",
     }
     table = [[name, f"{of['value']:,.4g}", of["unit"]] for name, of in figures.items()]

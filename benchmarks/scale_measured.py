@@ -104,9 +104,11 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def peak_megabytes() -> float:
-    """Of this process, files that are mapped included, or of the largest of its children."""
-    peaks = [resource.getrusage(of).ru_maxrss for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(peaks) * 1024 / 1e6
+    """Of this process, files that are mapped included, or of the largest of its children. Its own is not that
+    of getrusage, which counts what the process was forked from."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (own,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 / 1e6
 
 
 if __name__ == "__main__":
