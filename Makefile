@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/cfssl demo
 
 test: lint browser slurm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 fast: lint
 	$(BIN)/python -m pytest -m "not slow and not real_data"

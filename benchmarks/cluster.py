@@ -50,13 +50,13 @@ RECIPE: dict[str, Any] = {
     "views": {"size": 32, "counterfactual": {"variable": "scanner", "view": 1}},
     "objective": {"name": "simclr", "hidden": 32, "output": 16},
     "backbone": {"name": "test_byobnet"},
-    "train": {"epochs": 150, "batch": 24, "checkpoint_every": 1000, "log_every": 5},
+    "train": {"epochs": 100, "batch": 24, "checkpoint_every": 1000, "log_every": 5},
     "hardware": {"accelerator": "cpu", "threads": 1},
     "evaluate": [{"name": "linear_probe", "target": "disease", "by": ["scanner"]}],
 }
 SEEDS = "train.seed=0,1"
 URGENT_SECONDS = 2
-TOGETHER = ("name=together", "train.seed=2", "train.epochs=5")  # of the training on both nodes
+TOGETHER = ("name=together", "train.seed=2", "train.epochs=5", "evaluate=[]")  # of the training on both nodes
 
 
 def missing_tools() -> list[str]:

@@ -89,7 +89,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=10
 KillWait=5
 MinJobAge=3600
 CONFIGURATION

@@ -39,7 +39,7 @@ def imported() -> dict[str, set[str]]:
     return {module: set(map(normal, owners[module])) for module in third_party}
 
 
-OPTIONAL = ("umap", "nifti")  # extras of the package itself
+OPTIONAL = ("umap", "nifti", "tensorboard")  # extras of the package itself
 
 
 def test_the_package_declares_exactly_what_it_imports() -> None:

