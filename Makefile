@@ -10,8 +10,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/cfssl demo
 
+# Two processes of one thread each: small networks gain nothing by a second one, and two times two threads on two cores
+# wait for each other.
 test: lint browser slurm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 fast: lint
 	$(BIN)/python -m pytest -m "not slow and not real_data"
