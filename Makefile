@@ -13,7 +13,7 @@ demo: $(READY)
 # Two processes of one thread each: small networks gain nothing by a second one, and two times two threads on two cores
 # wait for each other.
 test: lint browser slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fast: lint
 	$(BIN)/python -m pytest -m "not slow and not real_data"
