@@ -1,6 +1,6 @@
 """Models of which every process holds a part of each weight (FSDP), for those that outgrow one device.
 
-Between steps a weight is a DTensor. Checkpoints hold whole tensors: `whole` collects them, `parts_like` cuts
+Between steps a weight is a DTensor. Checkpoints hold whole tensors: `whole` collects them, `part_like` cuts
 them again.
 """
 
